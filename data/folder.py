@@ -1,0 +1,183 @@
+"""Class folders: listing them, reading them into memory or streaming them, and the cache."""
+
+import contextlib
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from .splits import DataError, FileSplit, TensorSplit, channel_statistics, one_line
+
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+)  # fmt: skip
+# Part of the cache's key: to be raised when the same file decodes to other pixels than before.
+DECODER_VERSION = 1
+
+
+@dataclass
+class Raw:
+    """What a source found: splits in their native size (or as files), and the class names.
+
+    ``root`` is the folder that file splits lie in: their cache goes there.
+    """
+
+    train: TensorSplit | FileSplit
+    test: TensorSplit | FileSplit
+    class_names: tuple[str, ...]
+    root: Path | None = None
+
+
+def load_folder(root: Path, download: bool, attribute: str | None) -> Raw:
+    """Lists ``<root>/{train,test}/<class>/**`` (any depth below the class), classes sorted.
+
+    Raises DataError where a split or its images are missing, or the splits' classes differ.
+    """
+    names = {split: class_folders(root / split) for split in ("train", "test")}
+    for split in names:
+        if not names[split]:
+            raise DataError(
+                f"no class folders in {root / split}: put the images into "
+                f"{root}/train/<class>/ and {root}/test/<class>/"
+            )
+    odd = sorted(set(names["train"]) ^ set(names["test"]))
+    if odd:
+        has, lacks = ("train", "test") if odd[0] in names["train"] else ("test", "train")
+        raise DataError(
+            f"class '{odd[0]}' is in {root / has} but not in {root / lacks}: "
+            "both splits need the same class folders"
+        )
+    return Raw(_list(root / "train"), _list(root / "test"), tuple(names["train"]), root)
+
+
+def class_folders(split: Path) -> list[str]:
+    """Sorted names of the class folders in a split's folder; empty if there is no such folder."""
+    if not split.is_dir():
+        return []
+    return sorted(p.name for p in split.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _list(split: Path) -> FileSplit:
+    paths, labels = [], []
+    for label, name in enumerate(class_folders(split)):
+        found = sorted(
+            path
+            for path in (split / name).rglob("*")
+            if path.suffix.lower() in SUFFIXES and not _hidden(path.relative_to(split))
+        )
+        if not found:
+            endings = " ".join(SUFFIXES)
+            raise DataError(
+                f"no images in {split / name}: add some ({endings}), or delete the folder in "
+                "both splits"
+            )
+        paths += found
+        labels += [label] * len(found)
+    return FileSplit(paths, torch.tensor(labels))
+
+
+def _hidden(path: Path) -> bool:
+    # Finders and notebooks leave .DS_Store, ._name.jpg and .ipynb_checkpoints/ behind.
+    return any(part.startswith(".") for part in path.parts)
+
+
+def side_of(path: Path) -> int:
+    """Side of a square image. Raises DataError if it is not square or cannot be read."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        raise DataError(
+            f"cannot read image {path} ({one_line(error)}): replace or delete it"
+        ) from None
+    if width != height:
+        raise DataError(
+            f"{path} is {width}x{height}, not square: choose a size with img_size, to which the "
+            "central square of every image is resized"
+        )
+    return width
+
+
+def open_files(raw: Raw, img_size: int, channels: int, limit: int, statistics: bool):
+    """Turns file splits into what batches come from: in memory up to ``limit`` bytes.
+
+    Decoded images and statistics are kept in ``<root>/.datafree-<size>x<channels>.pt`` until a
+    file appears, vanishes or changes. Returns (train, test, (mean, std) or None, fingerprint).
+    Raises DataError if a file cannot be read (streamed: only where statistics are computed).
+    """
+    train, test = (
+        replace(split, img_size=img_size, channels=channels) for split in (raw.train, raw.test)
+    )
+    files = _describe(raw)
+    stamps = [(name, size, modified) for name, size, modified, _ in files]
+    key = hashlib.sha256(repr((DECODER_VERSION, stamps)).encode()).hexdigest()
+    path = raw.root / f".datafree-{img_size}x{channels}.pt"
+    cache = _load_cache(path, key)
+    stale = False
+    if (len(train) + len(test)) * channels * img_size**2 <= limit:
+        if "train" not in cache:
+            cache["train"], cache["test"] = train.decode().images, test.decode().images
+            stale = True
+        train = TensorSplit(cache["train"], train.labels)
+        test = TensorSplit(cache["test"], test.labels)
+        digest = fingerprint(train, test)
+    else:
+        listing = [(name, size, label) for name, size, _, label in files]
+        digest = hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
+    if statistics and "statistics" not in cache:
+        cache["statistics"] = channel_statistics(train)
+        stale = True
+    if stale:
+        _save_cache(path, cache)
+    return train, test, cache.get("statistics"), digest
+
+
+def fingerprint(train: TensorSplit, test: TensorSplit) -> str:
+    """The first 16 hex digits of SHA-256 over shapes, labels and pixels of both splits."""
+    digest = hashlib.sha256()
+    for split in (train, test):
+        digest.update(repr(tuple(split.images.shape)).encode())
+        digest.update(split.labels.numpy())
+        digest.update(split.images.contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+def _describe(raw: Raw) -> list[tuple[str, int, int, int]]:
+    """Relative path, size, modification time and label of every file."""
+    rows = []
+    for split in (raw.train, raw.test):
+        for path, label in zip(split.paths, split.labels.tolist(), strict=True):
+            try:
+                stat = path.stat()
+            except OSError as error:
+                raise DataError(
+                    f"cannot read image {path} ({error.strerror}): replace or delete it"
+                ) from None
+            name = path.relative_to(raw.root).as_posix()
+            rows.append((name, stat.st_size, stat.st_mtime_ns, label))
+    return rows
+
+
+def _load_cache(path: Path, key: str) -> dict:
+    try:
+        cache = torch.load(path, map_location="cpu", weights_only=True)
+        if cache["key"] == key:
+            return cache
+    except Exception:  # missing, cut off or not ours: in every case it is built again
+        pass
+    return {"key": key}
+
+
+def _save_cache(path: Path, cache: dict) -> None:
+    """Writes under another name and renames. A folder that cannot be written to has no cache."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(cache, file)
+        temporary.replace(path)
+    except (OSError, RuntimeError):  # torch reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,216 @@
+"""A split of a dataset, in memory or streamed from files: both give uint8 batches on a device."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+# Pillow's fixed-point ITU-R 601-2 luma, so that tensors and files turn grey identically.
+LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
+
+
+class DataError(Exception):
+    """Something is wrong with the user's data; the message is one line that names the cure."""
+
+
+class Batches:
+    """One pass over a split each time it is iterated; ``len()`` is the number of batches.
+
+    Yields images, uint8 (N, C, H, W), and labels, int64 (N,). A shuffled pass draws one
+    ``torch.randperm`` from the global CPU generator and nothing else, whatever the split's kind,
+    so restoring that generator's state repeats the pass.
+    """
+
+    def __init__(self, split, batch_size: int, shuffle: bool, drop_last: bool, device):
+        self.split, self.batch_size, self.shuffle = split, batch_size, shuffle
+        self.device = torch.device(device)
+        kept = len(split) // batch_size * batch_size if drop_last else len(split)
+        if not kept:
+            raise DataError(
+                f"a batch of {batch_size} does not fit into a split of {len(split)} images: "
+                "choose a smaller batch size"
+            )
+        self.kept = kept
+
+    def __len__(self) -> int:
+        return -(-self.kept // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        n = len(self.split)
+        order = torch.randperm(n, device="cpu") if self.shuffle else torch.arange(n, device="cpu")
+        return self.split.read(order[: self.kept], self.batch_size, self.device)
+
+
+@dataclass
+class TensorSplit:
+    """Images uint8 (N, C, H, W) and labels int64 (N,), both on one device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device) -> "TensorSplit":
+        return TensorSplit(self.images.to(device), self.labels.to(device))
+
+    def batches(self, batch_size, shuffle=False, drop_last=False, device=None) -> Batches:
+        """Batches on ``device`` (default: where the images are). Raises DataError if there are
+        none, as with ``drop_last`` and a batch larger than the split."""
+        device = self.images.device if device is None else device
+        return Batches(self, batch_size, shuffle, drop_last, device)
+
+    def read(self, order: Tensor, batch_size: int, device) -> Iterator[tuple[Tensor, Tensor]]:
+        # The order travels once, so that cutting a batch on a GPU never waits for the host.
+        for rows in order.to(self.images.device).split(batch_size):
+            yield self.images[rows].to(device), self.labels[rows].to(device)
+
+
+@dataclass
+class FileSplit:
+    """Image files and their labels int64 (N,), decoded and resized whenever they are read.
+
+    ``device`` is where batches go unless ``batches`` is told otherwise.
+    """
+
+    paths: list[Path]
+    labels: Tensor
+    img_size: int | None = None
+    channels: int = 3
+    device: str | torch.device = "cpu"
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def to(self, device) -> "FileSplit":
+        return replace(self, device=device)
+
+    def batches(self, batch_size, shuffle=False, drop_last=False, device=None) -> Batches:
+        """Batches on ``device``, decoded by worker processes. Iterating raises DataError if a
+        file cannot be read, and this call does if there are no batches."""
+        device = self.device if device is None else device
+        return Batches(self, batch_size, shuffle, drop_last, device)
+
+    def read(self, order: Tensor, batch_size: int, device) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels, broken in self._loader(order, batch_size, device.type == "cuda"):
+            _refuse(broken)
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def decode(self) -> TensorSplit:
+        """The whole split in memory. Raises DataError that counts all files it cannot read."""
+        images = torch.empty(
+            len(self), self.channels, self.img_size, self.img_size, dtype=torch.uint8
+        )
+        start, broken = 0, []
+        order = torch.arange(len(self), device="cpu")
+        loader = self._loader(order, 256)
+        for batch, _, unreadable in tqdm(
+            loader, "decoding images", leave=False, delay=2, disable=None
+        ):
+            broken += unreadable
+            images[start : start + len(batch)] = batch
+            start += len(batch)
+        _refuse(broken)
+        return TensorSplit(images, self.labels)
+
+    def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+        """One batch, made in a worker: images, labels and what is wrong with unreadable files.
+
+        Errors come back as values because DataLoader would wrap them into a page of traceback.
+        """
+        shape = (self.img_size, self.img_size, self.channels)
+        images, broken = np.zeros((len(rows), *shape), np.uint8), []
+        for image, row in zip(images, rows.tolist(), strict=True):
+            try:
+                image[:] = decode(self.paths[row], self.img_size, self.channels).reshape(shape)
+            except Exception as error:  # decoders raise nearly anything on damaged files
+                broken.append(f"{self.paths[row]} ({one_line(error)})")
+        images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        return images, self.labels[rows], broken
+
+    def _loader(self, order: Tensor, batch_size: int, pin_memory: bool = False) -> DataLoader:
+        chunks = order.split(batch_size)
+        return DataLoader(
+            self,
+            batch_size=None,
+            sampler=chunks,
+            num_workers=min(4, _cpus(), len(chunks) - 1),
+            pin_memory=pin_memory,
+            # DataLoader draws a seed for its workers: not from the generator that runs save.
+            generator=torch.Generator(),
+        )
+
+
+def decode(path: Path, img_size: int, channels: int) -> np.ndarray:
+    """Reads the central square of an image, resized to ``img_size`` (bilinear, antialiased).
+
+    Returns uint8 (img_size, img_size) for one channel, (img_size, img_size, 3) for three.
+    Transparent pixels become white, 16-bit grey is scaled to 8 bits (Pillow alone clips it).
+    Raises whatever Pillow raises on a damaged file, ValueError on pixels of unknown range.
+    """
+    with Image.open(path) as image:
+        if image.mode.startswith("I"):
+            values = np.asarray(image)
+            if values.min() < 0 or values.max() > 65535:
+                raise ValueError("more than 16 bits a pixel: save it as 8 or 16 bits")
+            image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("floating-point pixels have no agreed range: save it as 8 bits")
+        elif image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        if image.mode not in ("L", "RGB"):
+            image = image.convert("RGB")
+        mode = "L" if channels == 1 else "RGB"
+        if image.mode != mode:  # converting to the same mode would copy
+            image = image.convert(mode)
+        if image.size != (img_size, img_size):
+            width, height = image.size
+            side = min(width, height)
+            left, top = (width - side) / 2, (height - side) / 2
+            box = (left, top, left + side, top + side)
+            image = image.resize((img_size, img_size), Image.Resampling.BILINEAR, box)
+        return np.asarray(image)
+
+
+def channel_statistics(split: TensorSplit | FileSplit) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over all pixels, in units of 0..1.
+
+    Counted as histograms of the 256 values, hence exact and independent of the order.
+    """
+    counts = 0
+    batches = split.batches(256, device="cpu")
+    for images, _ in tqdm(batches, "computing statistics", leave=False, delay=2, disable=None):
+        channels = images.transpose(0, 1).flatten(1)
+        counts += torch.stack([torch.bincount(c, minlength=256) for c in channels])
+    weights = counts.double() / counts.sum(1, keepdim=True)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = weights @ values
+    variance = (weights * (values - mean[:, None]).square()).sum(1)
+    # Wholly constant images must not lead to a division by zero when they are normalised.
+    return mean.tolist(), variance.sqrt().clamp(min=1 / 255).tolist()
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _refuse(broken: list[str]) -> None:
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise DataError(f"cannot read image {broken[0]}{more}: replace or delete what is broken")
+
+
+def _cpus() -> int:
+    """CPUs this process may use (a container or a job scheduler can allow fewer than exist)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

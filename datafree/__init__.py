@@ -1,0 +1,1 @@
+"""What two or more scripts share: losses, augmentation, checkpoints, logs, the runtime."""

@@ -1,0 +1,59 @@
+"""Batched crop, flip and normalisation on the device; all of it differentiable.
+
+Random numbers come from the global generator of the images' device, so that a checkpoint that
+holds the generator states reproduces a run.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def random_crop(x, padding):
+    """Crop each image of x (N, C, H, W) at its own uniform place from a zero-padded copy.
+
+    Equal in distribution to torchvision's `RandomCrop((H, W), padding)`.
+    """
+    n, c, h, w = x.shape
+    padded = F.pad(x, (padding,) * 4)
+    top, left = torch.randint(2 * padding + 1, (2, n, 1), device=x.device)
+    rows = top + torch.arange(h, device=x.device)
+    columns = left + torch.arange(w, device=x.device)
+    image = torch.arange(n, device=x.device)[:, None, None, None]
+    channel = torch.arange(c, device=x.device)[:, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def random_flip(x):
+    """Mirror each image of x (N, C, H, W) left-right with probability 1/2."""
+    flip = torch.rand(x.shape[0], 1, 1, 1, device=x.device) < 0.5
+    return torch.where(flip, x.flip(-1), x)
+
+
+class Transform:
+    """uint8 images, as the data sets hold them, to what the networks take.
+
+    Args:
+        mean, std: one value per channel, of pixels in 0..1.
+        padding, flip: the train transform's random crop and mirroring; 0 and False for none.
+    """
+
+    def __init__(self, mean, std, padding=0, flip=False):
+        self.mean, self.std, self.padding, self.flip = mean, std, padding, flip
+
+    def __call__(self, x, train=False):
+        """(N, C, H, W) uint8 -> float32, normalised, channels_last; augmented if `train`."""
+        if train and self.padding:
+            x = random_crop(x, self.padding)
+        if train and self.flip:
+            x = random_flip(x)
+        return self.normalize(x.float() / 255).contiguous(memory_format=torch.channels_last)
+
+    def normalize(self, x):
+        """(x - mean) / std for float x (N, C, H, W) in 0..1."""
+        mean, std = x.new_tensor(self.mean), x.new_tensor(self.std)
+        return (x - mean[:, None, None]) / std[:, None, None]
+
+    def denormalize(self, x):
+        """The inverse of `normalize`, clamped to 0..1 for looking at."""
+        mean, std = x.new_tensor(self.mean), x.new_tensor(self.std)
+        return (x * std[:, None, None] + mean[:, None, None]).clamp(0, 1)

@@ -1,0 +1,56 @@
+"""The papers' numbers, looked up in results/paper_tables.csv: none is typed into a script."""
+
+import csv
+from pathlib import Path
+
+TABLES = Path(__file__).resolve().parent.parent / "results" / "paper_tables.csv"
+
+# What the papers call the networks and data sets of this collection.
+NETWORKS = {
+    "lenet5": ("LeNet-5",), "lenet5_half": ("LeNet-5-HALF",),
+    "hintonnet": ("HintonNet (2x1200 MLP)",), "hintonnet_half": ("2x800 MLP",),
+    "alexnet": ("AlexNet",), "alexnet_half": ("AlexNet-half",),
+    "resnet18": ("ResNet-18 (cifar)", "ResNet-18"), "resnet34": ("ResNet-34 (cifar)", "ResNet-34"),
+    "vgg11": ("VGG-11",), "wrn16_1": ("WRN16-1",), "wrn16_2": ("WRN16-2",),
+    "wrn40_1": ("WRN40-1",), "wrn40_2": ("WRN40-2",),
+}
+DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "celeba": "CelebA"}
+SCRATCH = ("Student scratch", "Student")
+
+
+def published(dataset, methods, teacher=None, student=None):
+    """The published cells of a data set and networks, by registry name.
+
+    Args:
+        methods: the tables' names of the method, e.g. ("DAFL",).
+        teacher, student: registry names, or None for any.
+
+    Returns:
+        a list of {"source", "table", "value"} without repetitions, in the tables' order.
+    """
+    with TABLES.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    cells = []
+    for row in rows:
+        if (
+            row["dataset"] == DATASETS.get(dataset)
+            and row["method"] in methods
+            and (teacher is None or row["teacher"] in NETWORKS.get(teacher, ()))
+            and (student is None or row["student"] in NETWORKS.get(student, ()))
+            and row["value"].replace(".", "", 1).isdigit()
+        ):
+            cell = {"source": row["source"], "table": row["table"], "value": float(row["value"])}
+            if cell not in cells:
+                cells.append(cell)
+    return cells
+
+
+def published_classifier(dataset, model):
+    """The published accuracies of `model` trained on the data: as teacher, else as student."""
+    return (published(dataset, ("Teacher",), teacher=model)
+            or published(dataset, SCRATCH, student=model))
+
+
+def describe(cells):
+    """'98.91 (DAFL Table 1), 98.90 (DFAD Table 2)', or 'none'."""
+    return ", ".join(f"{c['value']:.2f} ({c['source']} {c['table']})" for c in cells) or "none"

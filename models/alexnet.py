@@ -1,0 +1,52 @@
+"""AlexNet and AlexNet-half, DAFL's CelebA pair (2 classes, 224-pixel images).
+
+Layers and parameter names of torchvision's AlexNet (Krizhevsky 2014, One weird trick); the half has
+half of every width. Other widths are why torchvision's class itself is not used.
+"""
+
+from functools import partial
+
+from torch import nn
+
+
+class AlexNet(nn.Module):
+    """Images (N, channels, S, S), S >= 63 -> logits; features are (N, 4096), half: (N, 2048)."""
+
+    def __init__(self, num_classes=10, channels=3, divide=1):
+        super().__init__()
+        a, b, c, d, hidden = (w // divide for w in (64, 192, 384, 256, 4096))
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, a, 11, stride=4, padding=2),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, stride=2),
+            nn.Conv2d(a, b, 5, padding=2),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, stride=2),
+            nn.Conv2d(b, c, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(c, d, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(d, d, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, stride=2),
+        )
+        self.avgpool = nn.AdaptiveAvgPool2d(6)
+        self.classifier = nn.Sequential(
+            nn.Dropout(),
+            nn.Linear(d * 6 * 6, hidden),
+            nn.ReLU(inplace=True),
+            nn.Dropout(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, num_classes),
+        )
+
+    def forward(self, x, return_features=False):
+        x = self.avgpool(self.features(x)).flatten(1)
+        features = self.classifier[:-1](x)
+        logits = self.classifier[-1](features)
+        return (logits, features) if return_features else logits
+
+
+alexnet = AlexNet
+alexnet_half = partial(AlexNet, divide=2)

@@ -1,0 +1,207 @@
+"""Image generators of the five methods.
+
+- `GeneratorA`, `GeneratorB`: Data-Free Adversarial Distillation (Fang et al. 2019); A for the MNIST
+  and CIFAR rows, B for Caltech101, CamVid and NYUv2. `GeneratorA(bn_eps=0.8)` is the generator of
+  DAFL, Data-Free Learning of Student Networks (Chen et al. 2019).
+- `FastGenerator`, `DeepGenerator`: Up to 100x Faster Data-Free Knowledge Distillation (Fang et al.
+  2022), for its 32-pixel rows and its ImageNet rows. `FastGenerator(widen=2)` is the larger one
+  of CMI, Contrastive Model Inversion (Fang et al. 2021).
+
+Every generator has `nz`, `img_size`, `channels` and `latents(n)`; calling it on latents gives
+images (N, channels, img_size, img_size) in channels_last memory.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class UpsampleConv2d(nn.Conv2d):
+    """Nearest x2 upsampling and a 3x3 convolution (padding 1), (N, C, H, W) -> (N, K, 2H, 2W).
+
+    Each output pixel sees only 2x2 different input pixels, so both steps together equal one
+    transposed convolution, kernel 4, stride 2, padding 1, whose kernel sums the 3x3 one over 2x2
+    shifts: 4 instead of 9 multiply-adds per output, and no enlarged input to store. The result
+    differs by rounding alone. Weights keep the 3x3 form; `folded = False` computes the two steps.
+    """
+
+    def __init__(self, in_channels, out_channels, bias=True):
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
+        self.folded = True
+
+    def forward(self, x):
+        if not self.folded:
+            return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
+        # Sums over 2x2 windows; folded before autocast rounds, hence in the weight's own type.
+        kernel = F.avg_pool2d(self.weight, 2, stride=1, padding=1, divisor_override=1)
+        y = F.conv_transpose2d(x, kernel.flip(2, 3).transpose(0, 1), stride=2, padding=1)
+        if self.bias is None:
+            return y
+        # Added apart: given to the convolution, its gradient alone costs the CPU as much as the
+        # gradients of input and weight together.
+        return y.add_(self.bias.to(y.dtype).view(1, -1, 1, 1))
+
+
+def set_folded(module, folded):
+    """Switch every `UpsampleConv2d` in `module` to the folded or the two-step computation."""
+    for m in module.modules():
+        if isinstance(m, UpsampleConv2d):
+            m.folded = folded
+    return module
+
+
+class Generator(nn.Module):
+    """What the generators share: sizes, and how latents are drawn.
+
+    Raises ValueError when `img_size` is not a multiple of `stride`, the whole upsampling factor.
+    """
+
+    stride = 4
+
+    def __init__(self, nz, img_size, channels):
+        super().__init__()
+        if img_size < self.stride or img_size % self.stride:
+            raise ValueError(
+                f"{type(self).__name__} needs img_size to be a multiple of {self.stride}, "
+                f"got {img_size}"
+            )
+        self.nz, self.img_size, self.channels = nz, img_size, channels
+        self.init_size = img_size // self.stride
+
+    def latents(self, n, device=None, generator=None):
+        """n standard normal latents, shape (n, nz); `generator` is a torch.Generator or None."""
+        return torch.randn(n, self.nz, device=device, generator=generator)
+
+    def to_map(self, x):
+        """Features (N, C * init_size**2) as a map (N, C, init_size, init_size), channels_last."""
+        x = x.view(len(x), -1, self.init_size, self.init_size)
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+def _leaky():
+    return nn.LeakyReLU(0.2, inplace=True)
+
+
+class GeneratorA(Generator):
+    """DFAD's GeneratorA, and with bn_eps 0.8 DAFL's: latents (N, nz) or (N, nz, 1, 1) -> images.
+
+    Ends in tanh and a batch norm without scale and shift, so images have mean 0 and variance 1
+    per channel. DAFL's eps of 0.8 is the published value (an argument in the momentum's place).
+    """
+
+    def __init__(self, nz, img_size=32, channels=3, ngf=64, bn_eps=1e-5):
+        super().__init__(nz, img_size, channels)
+        self.l1 = nn.Sequential(nn.Linear(nz, 2 * ngf * self.init_size**2))
+        self.conv_blocks0 = nn.Sequential(nn.BatchNorm2d(2 * ngf))
+        self.conv_blocks1 = nn.Sequential(
+            UpsampleConv2d(2 * ngf, 2 * ngf), nn.BatchNorm2d(2 * ngf, eps=bn_eps), _leaky()
+        )
+        self.conv_blocks2 = nn.Sequential(
+            UpsampleConv2d(2 * ngf, ngf),
+            nn.BatchNorm2d(ngf, eps=bn_eps),
+            _leaky(),
+            nn.Conv2d(ngf, channels, 3, padding=1),
+            nn.Tanh(),
+            nn.BatchNorm2d(channels, affine=False),
+        )
+
+    def forward(self, z):
+        x = self.conv_blocks0(self.to_map(self.l1(z.flatten(1))))
+        return self.conv_blocks2(self.conv_blocks1(x))
+
+
+class FastGenerator(Generator):
+    """Fast-Datafree's Generator: latents (N, nz) or (N, nz, 1, 1) -> images in [0, 1].
+
+    `widen` multiplies the channels of the first map: 2 gives the larger generator of CMI.
+    """
+
+    def __init__(self, nz, img_size=32, channels=3, ngf=64, widen=1):
+        super().__init__(nz, img_size, channels)
+        width = 2 * ngf * widen
+        self.l1 = nn.Sequential(nn.Linear(nz, width * self.init_size**2))
+        # Identity holds the place of the published upsampling, so that parameter names agree.
+        self.conv_blocks = nn.Sequential(
+            nn.BatchNorm2d(width),
+            nn.Identity(),
+            UpsampleConv2d(width, 2 * ngf, bias=False),
+            nn.BatchNorm2d(2 * ngf),
+            _leaky(),
+            nn.Identity(),
+            UpsampleConv2d(2 * ngf, ngf, bias=False),
+            nn.BatchNorm2d(ngf),
+            _leaky(),
+            nn.Conv2d(ngf, channels, 3, padding=1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, z):
+        return self.conv_blocks(self.to_map(self.l1(z.flatten(1))))
+
+
+class GeneratorB(Generator):
+    """DFAD's GeneratorB, a DCGAN: latents (N, nz) or (N, nz, 1, 1) -> images in [-1, 1].
+
+    `last` is the class of the output activation; with nn.Sigmoid images are in [0, 1]. Weights
+    start as in Radford et al. 2016: normal with standard deviation 0.02.
+    """
+
+    stride = 16
+
+    def __init__(self, nz, img_size=64, channels=3, ngf=64, last=nn.Tanh):
+        super().__init__(nz, img_size, channels)
+        widths = [8 * ngf, 4 * ngf, 2 * ngf, ngf, ngf]
+        self.project = nn.Sequential(nn.Flatten(), nn.Linear(nz, widths[0] * self.init_size**2))
+        layers = [nn.BatchNorm2d(widths[0])]
+        for before, after in pairwise(widths):
+            layers += [
+                nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                _leaky(),
+            ]
+        self.main = nn.Sequential(*layers, nn.Conv2d(ngf, channels, 3, padding=1), last())
+        for m in self.modules():
+            if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                nn.init.normal_(m.weight, std=0.02)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+
+    def forward(self, z):
+        return self.main(self.to_map(self.project(z)))
+
+
+class DeepGenerator(Generator):
+    """Fast-Datafree's DeepGenerator (ImageNet): latent maps -> images in [0, 1].
+
+    Latents have shape (N, nz, img_size / 16, img_size / 16). The published network carries a
+    linear layer `l1` that it never uses; it is kept, frozen, so that checkpoints load.
+    """
+
+    stride = 16
+
+    def __init__(self, nz, img_size=224, channels=3, ngf=64):
+        super().__init__(nz, img_size, channels)
+        self.l1 = nn.Sequential(nn.Linear(nz, ngf * img_size**2 // 32**2)).requires_grad_(False)
+        layers = [nn.Conv2d(nz, 2 * ngf, 3, padding=1, bias=False), nn.BatchNorm2d(2 * ngf)]
+        layers += [_leaky()]
+        widths = [2 * ngf, 2 * ngf, ngf, ngf, ngf]
+        for before, after in pairwise(widths):
+            layers += [
+                nn.Identity(),
+                UpsampleConv2d(before, after, bias=False),
+                nn.BatchNorm2d(after),
+                _leaky(),
+            ]
+        self.conv_blocks = nn.Sequential(
+            *layers, nn.Conv2d(ngf, channels, 3, padding=1), nn.Sigmoid()
+        )
+
+    def latents(self, n, device=None, generator=None):
+        """n standard normal latent maps, shape (n, nz, init_size, init_size)."""
+        shape = (n, self.nz, self.init_size, self.init_size)
+        return torch.randn(shape, device=device, generator=generator)
+
+    def forward(self, z):
+        return self.conv_blocks(z.contiguous(memory_format=torch.channels_last))

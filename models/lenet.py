@@ -1,0 +1,53 @@
+"""LeNet-5 and its half: the MNIST pair of DAFL (Table 1), DFAD and DFND.
+
+LeNet-5 after LeCun et al. 1998, with ReLU and max pooling; the half has half of every width except
+the last but one, 42 of 84.
+"""
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import nn
+
+# Fast-Datafree names the same five layers differently; its checkpoints load as well.
+PUBLISHED_NAMES = {
+    "features.0.": "conv1.",
+    "features.3.": "conv2.",
+    "features.6.": "conv3.",
+    "fc.0.": "fc1.",
+    "fc.2.": "fc2.",
+}
+
+
+class LeNet5(nn.Module):
+    """Images (N, channels, 32, 32) -> logits (N, num_classes); features are (N, widths[2])."""
+
+    input_size = 32
+
+    def __init__(self, num_classes=10, channels=1, widths=(6, 16, 120, 84)):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, widths[0], 5)
+        self.conv2 = nn.Conv2d(widths[0], widths[1], 5)
+        self.conv3 = nn.Conv2d(widths[1], widths[2], 5)
+        self.fc1 = nn.Linear(widths[2], widths[3])
+        self.fc2 = nn.Linear(widths[3], num_classes)
+        self.register_load_state_dict_pre_hook(_rename_published)
+
+    def forward(self, x, return_features=False):
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        features = F.relu(self.conv3(x)).flatten(1)
+        logits = self.fc2(F.relu(self.fc1(features)))
+        return (logits, features) if return_features else logits
+
+
+def _rename_published(module, state_dict, prefix, *_):
+    for published, name in PUBLISHED_NAMES.items():
+        for kind in ("weight", "bias"):
+            old = prefix + published + kind
+            if old in state_dict:
+                state_dict[prefix + name + kind] = state_dict.pop(old)
+
+
+lenet5 = LeNet5
+lenet5_half = partial(LeNet5, widths=(3, 8, 60, 42))

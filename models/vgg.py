@@ -1,0 +1,58 @@
+"""VGG (Simonyan and Zisserman 2015) with batch norm and one linear layer, for small images.
+
+vgg11 -> resnet18 are rows of Fast-Datafree's CIFAR tables; the other depths come from its registry.
+"""
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import nn
+
+from .init import init_convs
+
+WIDTHS = (64, 128, 256, 512, 512)
+
+
+def _block(c_in, c_out, n):
+    layers = []
+    for i in range(n):
+        layers += [
+            nn.Conv2d(c_out if i else c_in, c_out, 3, padding=1),
+            nn.BatchNorm2d(c_out),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers)
+
+
+class VGG(nn.Module):
+    """Images (N, channels, H, W) -> logits; features: the pooled last map (N, 512).
+
+    `depths` counts the convolutions of the five blocks.
+    """
+
+    def __init__(self, depths, num_classes=10, channels=3):
+        super().__init__()
+        for i, (n, width) in enumerate(zip(depths, WIDTHS, strict=True)):
+            self.add_module(f"block{i}", _block(WIDTHS[i - 1] if i else channels, width, n))
+        self.classifier = nn.Linear(WIDTHS[-1], num_classes)
+        init_convs(self)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, x, return_features=False):
+        # As published, the fourth pool is for 64-pixel images alone.
+        last_pool = x.shape[2] == 64
+        x = F.max_pool2d(self.block0(x), 2)
+        x = F.max_pool2d(self.block1(x), 2)
+        x = self.block3(F.max_pool2d(self.block2(x), 2))
+        x = self.block4(F.max_pool2d(x, 2) if last_pool else x)
+        features = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        logits = self.classifier(features)
+        return (logits, features) if return_features else logits
+
+
+vgg8 = partial(VGG, (1, 1, 1, 1, 1))
+vgg11 = partial(VGG, (1, 1, 2, 2, 2))
+vgg13 = partial(VGG, (2, 2, 2, 2, 2))
+vgg16 = partial(VGG, (2, 2, 3, 3, 3))
+vgg19 = partial(VGG, (2, 2, 4, 4, 4))

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+import teacher_train
+from data import DataError
+from datafree.runtime import cli
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads():
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """A folder with a quickly trained LeNet-5 for the digits, as teacher_train.py leaves it."""
+    out = tmp_path_factory.mktemp("teacher")
+    folder = out / "checkpoints"
+    teacher_train.main(teacher_train.parse_args(
+        ["--dataset", "digits", "--n_epochs", "3", "--out", str(out), "--checkpoints", str(folder)]
+    ))
+    return folder
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a script's command line; check that it ends in one line and code 2, and return it."""
+
+    def run(script, *argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli(script.main, lambda: script.parse_args([str(a) for a in argv]), DataError)
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.endswith("\n"), error
+        return error
+
+    return run

@@ -1,0 +1,182 @@
+"""Knowledge distillation (Hinton et al. 2015) on a transfer set: the tables' baselines.
+
+    python vanilla_kd.py --dataset mnist --transfer_set original    # "KD original data", KD-ORI
+    python vanilla_kd.py --dataset mnist --transfer_set noise       # "Random noise", RANDOM
+    python vanilla_kd.py --dataset mnist --transfer_set svhn        # another data set's images
+
+The student learns alpha T^2 KL(teacher / T || student / T) + beta CE(student, label); labels exist
+in the original set only, so --beta needs it. Noise is drawn anew from N(0, 1) in the space of the
+teacher's normalised input, as many images an epoch as the original set has.
+
+Published setting (Fast-Datafree): SGD 0.1, momentum 0.9, weight decay 1e-4, batch 128, 200 epochs,
+x0.1 at 60, 75 and 90 % of them. Presets (flags override them; those of the small grey sets are
+ours, as no paper names them):
+{presets}
+"""
+
+import torch
+import torch.nn.functional as F
+
+from data import DATASETS, DataError, get_dataset
+from datafree import checkpoint
+from datafree.augment import Transform
+from datafree.log import Run, evaluate_checkpoint
+from datafree.losses import kd_loss
+from datafree.metrics import evaluate
+from datafree.published import describe, published
+from datafree.runtime import (
+    Parser,
+    add_run_arguments,
+    cli,
+    describe_presets,
+    fill_defaults,
+    lr_at,
+    make_optimizer,
+    number,
+    set_lr,
+    setup,
+)
+from models import MODELS, agree_on_size, get_model
+
+CIFAR = dict(teacher="wrn40_2", student="wrn16_1", optimizer="sgd", lr=0.1, weight_decay=1e-4,
+             batch_size=128, n_epochs=200, milestones=[0.6, 0.75, 0.9])
+GREY = dict(teacher="lenet5", student="lenet5_half", optimizer="adam", lr=1e-3, weight_decay=0.0,
+            batch_size=256, n_epochs=10, milestones=[])
+PRESETS = {
+    "mnist": GREY, "fashion-mnist": GREY,
+    "digits": GREY | dict(lr=2e-3, batch_size=64, n_epochs=40),
+    "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR, "folder": CIFAR,
+    "celeba": CIFAR | dict(teacher="alexnet", student="alexnet_half", optimizer="adam", lr=1e-4,
+                           weight_decay=0.0, n_epochs=20),
+}
+
+
+def parse_args(argv=None):
+    p = Parser(__doc__.format(presets=describe_presets(PRESETS)))
+    p.add_argument("--dataset", choices=DATASETS, default="digits",
+                   help="the teacher's data set (default: %(default)s)")
+    p.add_argument("--transfer_set", choices=("original", "noise", *DATASETS), default="original",
+                   metavar="SET", help="original, noise, or another data set: "
+                   + ", ".join(DATASETS) + " (default: %(default)s)")
+    p.add_argument("--transfer_root", metavar="DIR", help="where that other data set is "
+                   "(default: --data_root)")
+    for role in ("teacher", "student"):
+        p.add_argument(f"--{role}", choices=sorted(MODELS), metavar="NAME",
+                       help="an architecture: see teacher_train.py --help")
+    p.add_argument("--teacher_ckpt", "--teacher_dir", metavar="FILE",
+                   help="the teacher's weights (default: <checkpoints>/<dataset>-<teacher>.pt)")
+    p.add_argument("--checkpoints", default="./checkpoints", metavar="DIR",
+                   help="where teacher_train.py left its weights (default: %(default)s)")
+    p.add_argument("--alpha", type=number(float, 0), default=1.0,
+                   help="weight of the teacher's answers (default: %(default)s)")
+    p.add_argument("--beta", type=number(float, 0), default=0.0,
+                   help="weight of the labels (default: %(default)s)")
+    p.add_argument("--T", type=number(float, 0, above=True), default=4.0,
+                   help="temperature (default: %(default)s)")
+    p.add_argument("--optimizer", choices=("adam", "adamw", "sgd"))
+    for flag, kind in (("lr", number(float, 0, above=True)), ("weight_decay", number(float, 0)),
+                       ("batch_size", number(int, 2)), ("n_epochs", number(int, 1))):
+        p.add_argument(f"--{flag}", type=kind)
+    p.add_argument("--milestones", type=number(float, 0, 1), nargs="*", metavar="FRACTION",
+                   help="lr x 0.1 at these fractions of the epochs")
+    p.add_argument("--img_size", type=number(int, 8), help="(default: the model's or data's)")
+    add_run_arguments(p)
+    args = p.parse_args(argv)
+    args.argv = argv
+    fill_defaults(args, PRESETS[args.dataset])
+    args.img_size = p.image_size((args.teacher, args.student), args.img_size, agree_on_size)
+    if args.beta and args.transfer_set != "original":
+        p.error("--beta weighs labels, which only --transfer_set original has")
+    if not args.alpha and not args.beta:
+        p.error("--alpha and --beta are both 0: nothing would be learnt")
+    return args
+
+
+class Noise:
+    """Batches of N(0, 1) images (N, C, H, W) on the device, without labels."""
+
+    def __init__(self, n, batch_size, shape, device):
+        self.n, self.batch_size, self.shape, self.device = n, batch_size, shape, device
+
+    def __len__(self):
+        return -(-self.n // self.batch_size)
+
+    def __iter__(self):
+        for _ in range(len(self)):
+            x = torch.randn(self.batch_size, *self.shape, device=self.device)
+            yield x.contiguous(memory_format=torch.channels_last), None
+
+
+def train_epoch(teacher, student, optimizer, batches, transform, args, runtime, tick):
+    """One pass over the transfer set; returns the mean loss. `transform` is None for noise."""
+    student.train()
+    total = torch.zeros((), device=runtime.device)
+    for images, y in batches:
+        x = images if transform is None else transform(images, train=True)
+        with runtime.autocast():
+            s_logits = student(x)
+            with torch.no_grad():
+                t_logits = teacher(x)
+        loss = args.alpha * kd_loss(s_logits, t_logits, args.T)
+        if args.beta:
+            loss = loss + args.beta * F.cross_entropy(s_logits.float(), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.detach()
+        tick(loss.detach())
+    return total / len(batches)
+
+
+def main(args):
+    """Distil or evaluate; returns the content of result.json."""
+    runtime = setup(args)
+    data = get_dataset(args.dataset, args.data_root, img_size=args.img_size).to(runtime.device)
+    teacher, card = checkpoint.load_teacher(args, get_model, data.num_classes, data.channels)
+    student = get_model(args.student, data.num_classes, data.channels)
+    runtime.place(teacher, student)
+    transform = Transform(card.get("mean", data.mean), card.get("std", data.std), data.padding,
+                          data.flip)
+    if args.transfer_set == "noise":
+        shape = (data.channels, data.img_size, data.img_size)
+        batches = Noise(len(data.train), args.batch_size, shape, runtime.device)
+        transfer = None
+    else:
+        transfer, source = transform, data
+        if args.transfer_set not in ("original", args.dataset) or args.transfer_root:
+            source = get_dataset(args.transfer_set, args.transfer_root or args.data_root,
+                                 img_size=data.img_size, channels=data.channels).to(runtime.device)
+        batches = source.train.batches(args.batch_size, shuffle=True, device=runtime.device,
+                                       drop_last=len(source.train) % args.batch_size == 1)
+
+    def test_accuracy(model):
+        tests = data.test.batches(1000, device=runtime.device)
+        return evaluate(model, tests, transform, runtime.autocast)
+
+    name = f"vanilla_kd-{args.dataset}-{args.teacher}-{args.student}-{args.transfer_set}"
+    if args.evaluate_only:
+        return evaluate_checkpoint(args, name, student, args.student,
+                                   lambda: test_accuracy(student))
+    run = Run(args, name, runtime)
+    optimizer = make_optimizer(args.optimizer, student.parameters(), args.lr, args.weight_decay)
+    start = run.start(student=student, optimizer=optimizer)
+    teacher_accuracy = test_accuracy(teacher)
+    methods = {"original": ("KD original data", "KD-ORI", "KD"),
+               "noise": ("Random noise (normal distribution)", "RANDOM")}
+    cells = published(args.dataset, methods.get(args.transfer_set, ()), args.teacher, args.student)
+    run.log(f"teacher {args.teacher}: {teacher_accuracy:.2f} %; student {args.student}; transfer "
+            f"set {args.transfer_set}; published: {describe(cells)}")
+    run.progress(args.n_epochs, len(batches), args.batch_size)
+    card = checkpoint.card(args.student, data, transform)
+    for epoch in range(start, args.n_epochs):
+        set_lr(optimizer, lr_at(epoch, args.lr, args.n_epochs, args.milestones))
+        loss = train_epoch(teacher, student, optimizer, batches, transfer, args, runtime, run.tick)
+        run.end_epoch(epoch, test_accuracy(student), {"loss": loss}, student, card)
+    return run.finish(
+        test_accuracy(student), method=f"KD ({args.transfer_set})", dataset=data.name,
+        teacher=args.teacher, student=args.student, teacher_accuracy=teacher_accuracy,
+        published=cells, fingerprint=data.fingerprint)
+
+
+if __name__ == "__main__":
+    cli(main, parse_args, DataError)

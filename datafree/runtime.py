@@ -56,6 +56,18 @@ def number(kind, low, high=None, above=False):
     return parse
 
 
+def add_device_arguments(group):
+    """The flags that `setup` reads."""
+    group.add_argument("--seed", type=number(int, 0), default=0, help="(default: %(default)s)")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                       help="auto takes a GPU if there is one (default: %(default)s)")
+    group.add_argument("--gpu", type=number(int, 0), metavar="N", help="the same as --device cuda "
+                       "on GPU number N")
+    group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                       help="auto takes bfloat16 autocast where the hardware has it "
+                            "(default: %(default)s)")
+
+
 def add_run_arguments(parser):
     """The flags that every training script has."""
     group = parser.add_argument_group("run")
@@ -70,17 +82,10 @@ def add_run_arguments(parser):
     group.add_argument("--evaluate_only", "--test_only", action="store_true",
                        help="score the run's best checkpoint (or --ckpt) on the test set and stop")
     group.add_argument("--ckpt", metavar="FILE", help="weights for --evaluate_only")
-    group.add_argument("--seed", type=number(int, 0), default=0, help="(default: %(default)s)")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                       help="auto takes a GPU if there is one (default: %(default)s)")
-    group.add_argument("--gpu", type=number(int, 0), metavar="N", help="the same as --device cuda "
-                       "on GPU number N")
-    group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                       help="auto takes bfloat16 autocast where the hardware has it "
-                            "(default: %(default)s)")
     group.add_argument("--visdom", type=number(int, 1, 65535), nargs="?", const=15550,
                        metavar="PORT", help="live curves and images on a visdom server at this "
                        "port (15550 if none is given); without a server, a log to replay later")
+    add_device_arguments(group)
 
 
 def fill_defaults(args, defaults):
@@ -158,12 +163,16 @@ def keep_memory(keep=True):
 
     Returning each activation to the kernel and faulting its pages in again takes about a third
     of a training step on a CPU. It costs some memory; glibc only, elsewhere nothing happens.
+    `keep=False` is what the library comes to by itself after a few large allocations.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+        M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -4, -3, -1
         libc.mallopt(M_MMAP_MAX, 0 if keep else 65536)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**17)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**26)
+        if not keep:
+            libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+            libc.malloc_trim(0)
 
 
 def setup(args):

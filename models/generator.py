@@ -34,20 +34,57 @@ class UpsampleConv2d(nn.Conv2d):
     def forward(self, x):
         if not self.folded:
             return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
+        if self.bias is None:
+            return self.convolve(x)
+        return _BiasGradient.apply(self.convolve(x, self.bias.detach()), self.bias)
+
+    def convolve(self, x, bias=None):
+        """The folded computation with another bias than the module's, or none."""
         # Sums over 2x2 windows; folded before autocast rounds, hence in the weight's own type.
         kernel = F.avg_pool2d(self.weight, 2, stride=1, padding=1, divisor_override=1)
-        y = F.conv_transpose2d(x, kernel.flip(2, 3).transpose(0, 1), stride=2, padding=1)
-        if self.bias is None:
-            return y
-        # Added apart: given to the convolution, its gradient alone costs the CPU as much as the
-        # gradients of input and weight together.
-        return y.add_(self.bias.to(y.dtype).view(1, -1, 1, 1))
+        return F.conv_transpose2d(x, kernel.flip(2, 3).transpose(0, 1), bias, 2, 1)
+
+
+class _BiasGradient(torch.autograd.Function):
+    """Maps y (N, C, H, W), to which a bias (C,) was added, to itself; gives the bias its gradient.
+
+    The CPU library's own takes as long as the gradients of input and weight together; as a matrix
+    product it costs next to nothing.
+    """
+
+    @staticmethod
+    def forward(ctx, y, bias):
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        flat = gradient.permute(0, 2, 3, 1).reshape(-1, gradient.shape[1])
+        return gradient, (flat.new_ones(1, len(flat)) @ flat).view(-1)
+
+
+class ToImage(nn.Conv2d):
+    """The last 3x3 convolution (padding 1), (N, C, H, W) -> (N, K, H, W).
+
+    To a single channel the CPU library is slow: there, if `folded`, a matrix product computes the
+    9 products per pixel, (N H W, C) x (C, 9), and a convolution with zeros and ones sums them.
+    """
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self.folded = True
+
+    def forward(self, x):
+        if not self.folded or self.out_channels > 1 or x.is_cuda:
+            return super().forward(x)
+        products = x.permute(0, 2, 3, 1) @ self.weight.permute(1, 2, 3, 0).flatten(1)
+        shifts = torch.eye(9, dtype=x.dtype, device=x.device).view(1, 9, 3, 3)
+        return F.conv2d(products.permute(0, 3, 1, 2), shifts, self.bias, padding=1)
 
 
 def set_folded(module, folded):
-    """Switch every `UpsampleConv2d` in `module` to the folded or the two-step computation."""
+    """Switch all of `module` to the fast computation of the same thing, or to the plain one."""
     for m in module.modules():
-        if isinstance(m, UpsampleConv2d):
+        if isinstance(getattr(m, "folded", None), bool):
             m.folded = folded
     return module
 
@@ -93,6 +130,7 @@ class GeneratorA(Generator):
 
     def __init__(self, nz, img_size=32, channels=3, ngf=64, bn_eps=1e-5):
         super().__init__(nz, img_size, channels)
+        self.folded = True
         self.l1 = nn.Sequential(nn.Linear(nz, 2 * ngf * self.init_size**2))
         self.conv_blocks0 = nn.Sequential(nn.BatchNorm2d(2 * ngf))
         self.conv_blocks1 = nn.Sequential(
@@ -102,14 +140,53 @@ class GeneratorA(Generator):
             UpsampleConv2d(2 * ngf, ngf),
             nn.BatchNorm2d(ngf, eps=bn_eps),
             _leaky(),
-            nn.Conv2d(ngf, channels, 3, padding=1),
+            ToImage(ngf, channels),
             nn.Tanh(),
             nn.BatchNorm2d(channels, affine=False),
         )
 
     def forward(self, z):
-        x = self.conv_blocks0(self.to_map(self.l1(z.flatten(1))))
-        return self.conv_blocks2(self.conv_blocks1(x))
+        z = z.flatten(1)
+        convolution, *rest = self.conv_blocks1
+        if self.folded and self.training and 4 * self.nz <= len(z):
+            x = self._convolve_basis(z, convolution)
+        else:
+            x = convolution(self.conv_blocks0(self.to_map(self.l1(z))))
+        for layer in rest:
+            x = layer(x)
+        return self.conv_blocks2(x)
+
+    def _convolve_basis(self, z, convolution):
+        """The first convolution's output, computed for nz + 1 images instead of the batch.
+
+        Until there all is linear in z but for the statistics of the first batch norm, and these
+        follow from the mean and the covariance of z. So the convolution of the linear layer's
+        columns and offset, combined by z, gives the same up to rounding: a batch of 512 latents of
+        length 100 needs 101 convolutions.
+        """
+        linear, norm = self.l1[0], self.conv_blocks0[0]
+        weight = linear.weight.view(norm.num_features, -1, self.nz)
+        bias = linear.bias.view(norm.num_features, -1)
+        with torch.autocast(z.device.type, enabled=False):
+            centre = z.mean(0)
+            covariance = (z - centre).t() @ (z - centre) / len(z)
+            means = weight @ centre + bias
+            mean = means.mean(1)
+            var = ((weight @ covariance) * weight).sum(2).mean(1) + means.var(1, correction=0)
+        with torch.no_grad():
+            n = len(z) * means.shape[1]
+            norm.running_mean.lerp_(mean, norm.momentum)
+            norm.running_var.lerp_(var * (n / (n - 1)), norm.momentum)
+            norm.num_batches_tracked += 1
+        scale = norm.weight * (var + norm.eps).rsqrt()
+        columns = (weight * scale[:, None, None]).permute(2, 0, 1)
+        offset = (bias - mean[:, None]) * scale[:, None] + norm.bias[:, None]
+        basis = self.to_map(torch.cat([columns, offset[None]]).flatten(1))
+        basis = convolution.convolve(basis).permute(0, 2, 3, 1)
+        *shape, channels = basis.shape[1:]
+        offset = basis[-1] + convolution.bias
+        x = torch.addmm(offset.flatten(), z, basis[:-1].flatten(1))
+        return x.view(-1, *shape, channels).permute(0, 3, 1, 2)
 
 
 class FastGenerator(Generator):

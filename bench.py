@@ -1,0 +1,225 @@
+"""Times the steps of DAFL in the published way and in ours, in turn in one run.
+
+    python bench.py                       # LeNet-5, MNIST size, batch 512
+    python bench.py --setting cifar10     # ResNet-34 -> ResNet-18
+
+The published way is float32, NCHW, eager, with upsampling and convolution apart and the C
+library's own treatment of freed memory; ours is what DAFL_train.py does on this device. Both run
+the same functions on the same networks, each in a process of its own, as memory that one keeps
+would speed up or slow down the other; blocks of steps alternate between the two, so that a machine
+whose speed drifts drifts for both. A block's figure is its mean, reported are the medians over
+the blocks, and of the ratio also the smallest and the largest. The share of the peak is the
+arithmetic that the convolutions and matrix products of that way really do, over what a large
+matrix product reaches in the same precision. Peak memory is the process's (on a GPU: PyTorch's).
+"""
+
+import json
+import resource
+import statistics
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import DAFL_train
+from datafree.losses import activation_loss, information_entropy_loss, kd_loss, one_hot_loss
+from datafree.runtime import (
+    Parser,
+    Runtime,
+    add_device_arguments,
+    cli,
+    device_name,
+    keep_memory,
+    make_optimizer,
+    number,
+    setup,
+)
+from models import get_generator, get_model, set_folded
+
+SETTINGS = {"mnist": (512, 1), "cifar10": (256, 3)}  # batch and channels; the rest is DAFL's
+WAYS = ("published", "ours")
+
+
+def parse_args(argv=None):
+    p = Parser(__doc__)
+    p.add_argument("--setting", choices=SETTINGS, default="mnist", help="(default: %(default)s)")
+    p.add_argument("--batch_size", type=number(int, 2), help="(default: 512; cifar10: 256)")
+    p.add_argument("--steps", type=number(int, 1), default=4,
+                   help="steps of a block (default: %(default)s)")
+    p.add_argument("--repeats", type=number(int, 2), default=5,
+                   help="blocks of each way (default: %(default)s)")
+    p.add_argument("--json", metavar="FILE", help="write the figures there too")
+    add_device_arguments(p)
+    args = p.parse_args(argv)
+    args.batch_size = args.batch_size or SETTINGS[args.setting][0]
+    return args
+
+
+class Way:
+    """The networks, optimisers and precision of one way, and its steps."""
+
+    def __init__(self, name, args, runtime):
+        self.ours = name == "ours"
+        if runtime.device.type == "cpu":
+            keep_memory(self.ours)
+        self.device, self.batch_size = runtime.device, args.batch_size
+        self.runtime = runtime if self.ours else Runtime(runtime.device, "fp32")
+        self.args = DAFL_train.parse_args(["--dataset", args.setting])
+        torch.manual_seed(0)
+        channels = SETTINGS[args.setting][1]
+        self.generator = get_generator("dafl", self.args.nz, 32, channels)
+        self.teacher = get_model(self.args.teacher, 10, channels).eval().requires_grad_(False)
+        self.student = get_model(self.args.student, 10, channels)
+        set_folded(self.generator, self.ours)
+        for network in (self.generator, self.teacher, self.student):
+            network.to(self.device)
+            if self.ours:
+                self.runtime.place(network)
+        self.optimizer_G = make_optimizer("adam", self.generator.parameters(), 1e-3)
+        self.optimizer_S = make_optimizer("adam", self.student.parameters(), 1e-3)
+        self.x = torch.randn(self.batch_size, channels, 32, 32, device=self.device)
+        if self.ours:
+            self.x = self.x.contiguous(memory_format=torch.channels_last)
+
+    def latents(self):
+        return self.generator.latents(self.batch_size, device=self.device)
+
+    def generator_step(self):
+        """Generator and teacher: L_G alone."""
+        with self.runtime.autocast():
+            t_logits, t_features = self.teacher(self.generator(self.latents()),
+                                                return_features=True)
+        loss = (one_hot_loss(t_logits) + 0.1 * activation_loss(t_features)
+                + 5 * information_entropy_loss(t_logits))
+        self.optimizer_G.zero_grad()
+        loss.backward()
+        self.optimizer_G.step()
+
+    def student_step(self):
+        """Teacher and student on images that are there: L_KD alone."""
+        with self.runtime.autocast():
+            with torch.no_grad():
+                t_logits = self.teacher(self.x)
+            s_logits = self.student(self.x)
+        loss = kd_loss(s_logits, t_logits)
+        self.optimizer_S.zero_grad()
+        loss.backward()
+        self.optimizer_S.step()
+
+    def whole_step(self):
+        """An iteration of DAFL_train.py."""
+        DAFL_train.distill_step(self.latents(), self.generator, self.teacher, self.student,
+                                self.optimizer_G, self.optimizer_S, self.args,
+                                self.runtime.autocast)
+
+
+STEPS = {"generator + teacher": Way.generator_step, "student": Way.student_step,
+         "whole DAFL step": Way.whole_step}
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_peak(runtime):
+    """Floating-point operations per second of a large matrix product, the best of twenty."""
+    dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
+    size = 2048 if runtime.device.type == "cpu" else 8192
+    a, b = torch.randn(2, size, size, device=runtime.device, dtype=dtype)
+    seconds = []
+    for _ in range(20):
+        synchronize(runtime.device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(runtime.device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def serve(name, args, pipe):
+    """The process of one way: answers (question, label) with a number until it is told "stop"."""
+    runtime = setup(args)
+    way = Way(name, args, runtime)
+    kind = None
+    while kind != "stop":
+        kind, label = pipe.recv()
+        step = STEPS.get(label)
+        if kind == "peak":
+            answer = matmul_peak(way.runtime)
+        elif kind == "work":
+            with FlopCounterMode(display=False) as counter:
+                step(way)
+            answer = counter.get_total_flops()
+        elif kind == "seconds":
+            step(way)
+            synchronize(runtime.device)
+            start = time.perf_counter()
+            for _ in range(args.steps):
+                step(way)
+            synchronize(runtime.device)
+            answer = (time.perf_counter() - start) / args.steps
+        elif runtime.device.type == "cuda":
+            answer = torch.cuda.max_memory_allocated()
+        else:
+            answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        pipe.send(answer)
+
+
+def main(args):
+    """Measure and print; returns the figures."""
+    runtime = setup(args)
+    context, ask = get_context("spawn"), {}
+    for name in WAYS:
+        pipe, far = context.Pipe()
+        context.Process(target=serve, args=(name, args, far), daemon=True).start()
+
+        def question(kind, label=None, pipe=pipe):
+            pipe.send((kind, label))
+            return pipe.recv()
+
+        ask[name] = question
+    peak = {name: ask[name]("peak") for name in WAYS}
+    print(f"{device_name(runtime.device)}, torch {torch.__version__}; {args.setting}, batch "
+          f"{args.batch_size}; ours in {runtime.precision}; matrix products reach "
+          f"{peak['published'] / 1e9:.0f} GFLOP/s in the published way's precision, "
+          f"{peak['ours'] / 1e9:.0f} in ours")
+    print(f"{'':20} {'images/s':^21} {'':20} {'share of the peak':^21}\n"
+          f"{'':20} {'published':>10} {'ours':>10} {'ratio (min-max)':>20} {'published':>10} "
+          f"{'ours':>10}")
+    figures = {}
+    for label in STEPS:
+        seconds = {name: [] for name in WAYS}
+        work = {name: ask[name]("work", label) for name in WAYS}  # the first calls, not counted
+        for name in (*WAYS, *WAYS):
+            ask[name]("seconds", label)
+        for _ in range(args.repeats):
+            for name in WAYS:
+                seconds[name].append(ask[name]("seconds", label))
+        middle = {name: statistics.median(s) for name, s in seconds.items()}
+        rate = {name: args.batch_size / s for name, s in middle.items()}
+        share = {name: work[name] / middle[name] / peak[name] for name in WAYS}
+        ratios = [p / o for p, o in zip(*seconds.values(), strict=True)]
+        ratio = statistics.median(ratios)
+        spread = f"{ratio:.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        print(f"{label:20} {rate['published']:10.0f} {rate['ours']:10.0f} {spread:>20} "
+              f"{share['published']:10.0%} {share['ours']:10.0%}")
+        figures[label] = {"images_per_second": rate, "ratio": ratio, "ratios": ratios,
+                          "share_of_peak": share}
+    memory = {name: ask[name]("memory") for name in WAYS}
+    for question in ask.values():
+        question("stop")
+    print("peak memory: " + ", ".join(f"{n} {m / 2**30:.2f} GiB" for n, m in memory.items()))
+    result = {"device": device_name(runtime.device), "torch": torch.__version__,
+              "setting": args.setting, "batch_size": args.batch_size,
+              "precision": runtime.precision, "peak_flops": peak, "peak_memory": memory,
+              "steps": figures}
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    cli(main, parse_args)

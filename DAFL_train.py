@@ -50,6 +50,7 @@ from datafree.metrics import evaluate
 from datafree.published import describe, published
 from datafree.runtime import (
     Parser,
+    UsageError,
     add_run_arguments,
     cli,
     describe_presets,
@@ -103,7 +104,7 @@ def parse_args(argv=None):
                    help="where teacher_train.py left its weights (default: %(default)s)")
     positive, weight = number(float, 0, above=True), number(float, 0)
     for flag, kind, text in (
-        ("batch_size", number(int, 1), "images per iteration"),
+        ("batch_size", number(int, 2), "images per iteration"),
         ("n_epochs", number(int, 1), "epochs of --iterations"),
         ("lr_G", positive, "learning rate of the generator"),
         ("lr_S", positive, "learning rate of the student"),
@@ -136,8 +137,6 @@ def parse_args(argv=None):
     args.argv = argv
     defaults = PRESETS[args.dataset] | (MMRAZOR if args.variant == "mmrazor" else {})
     fill_defaults(args, defaults)
-    if args.batch_size == 1:
-        p.error("--batch_size 1: BatchNorm and a batch's class balance need several images")
     if not args.oh and not args.ie and not args.a:
         p.error("--oh, --ie and --a are all 0: nothing would teach the generator")
     args.img_size = p.image_size((args.teacher, args.student), args.img_size, agree_on_size)
@@ -198,7 +197,10 @@ def main(args):
                        attribute=args.attribute).to(runtime.device)
     teacher, card = checkpoint.load_teacher(args, get_model, data.num_classes, data.channels)
     student = get_model(args.student, data.num_classes, data.channels)
-    generator = get_generator("dafl", args.nz, data.img_size, data.channels)
+    try:
+        generator = get_generator("dafl", args.nz, data.img_size, data.channels)
+    except ValueError as error:
+        raise UsageError(f"{error}: choose another --img_size") from error
     set_folded(generator, not args.unfolded)
     runtime.place(teacher, student, generator)
     # The student meets the test images as its teacher met them.

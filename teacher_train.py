@@ -75,7 +75,7 @@ def parse_args(argv=None):
     p.add_argument("--recipe", choices=sorted(RECIPES), help="(default: the published one)")
     p.add_argument("--optimizer", choices=("adam", "adamw", "sgd"), help="(default: the recipe's)")
     for flag, kind in (("lr", number(float, 0, above=True)), ("weight_decay", number(float, 0)),
-                       ("batch_size", number(int, 1)), ("n_epochs", number(int, 1)),
+                       ("batch_size", number(int, 2)), ("n_epochs", number(int, 1)),
                        ("gamma", number(float, 0, 1))):
         p.add_argument(f"--{flag}", type=kind, help="(default: the recipe's)")
     p.add_argument("--milestones", type=number(float, 0, 1), nargs="*", metavar="FRACTION",

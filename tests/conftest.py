@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -6,9 +8,8 @@ from data import DataError
 from datafree.runtime import cli
 
 
-@pytest.fixture(scope="session", autouse=True)
-def two_threads():
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: their work is tiny
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

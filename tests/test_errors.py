@@ -1,0 +1,166 @@
+"""Every mistake of a user's ends in one line, exit code 2 and nothing lost."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+import DAFL_train
+import quickstart
+import teacher_train
+import vanilla_kd
+from datafree import checkpoint, runtime
+from models import get_model
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [DAFL_train, teacher_train, vanilla_kd]
+PARSERS = [*SCRIPTS, quickstart, bench]
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch executed",))
+
+
+@pytest.mark.parametrize("script", [DAFL_train, vanilla_kd])
+@pytest.mark.parametrize(("content", "words"), [
+    (None, "python teacher_train.py --dataset digits --model lenet5"),
+    ("truncated", "damaged"),
+    ("code", "holds code"),
+    ("architecture", "a resnet8, not lenet5"),
+    ("classes", "7 classes, the data set 10"),
+])
+def test_teacher_file(script, content, words, tmp_path, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "teacher.pt"
+    if content == "truncated":
+        checkpoint.save(get_model("lenet5").state_dict(), path)
+        path.write_bytes(path.read_bytes()[:5000])
+    elif content == "code":
+        path.write_bytes(pickle.dumps(Evil()))
+    elif content == "architecture":
+        checkpoint.save({"state_dict": get_model("resnet8", channels=1).state_dict(),
+                         "card": {"model": "resnet8"}}, path)
+    elif content == "classes":
+        checkpoint.save(get_model("lenet5", 7).state_dict(), path)
+    error = refused(script, "--dataset", "digits", "--teacher_ckpt", path)
+    assert words in error and "teacher.pt" in error
+    assert not Path("executed").exists() and not Path("runs").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_unknown_names_and_impossible_values(script, refused):
+    model = "--model" if script is teacher_train else "--teacher"
+    for flags, words in (
+        ((model, "resnet999"), "invalid choice: 'resnet999'"),
+        (("--dataset", "imagenot"), "invalid choice: 'imagenot'"),
+        (("--batch_size", "0"), "0 is impossible: it must be at least"),
+        (("--batch_size", "many"), "invalid int value"),
+        (("--n_epochs", "0"), "impossible"),
+        (("--seed", "-1"), "impossible"),
+        (("--precision", "fp8"), "invalid choice"),
+        (("--milestones", "1.5"), "at most 1"),
+        (("--no_such_flag",), "unrecognized arguments"),
+        (("--dataset", "mnist", "--img_size", "40"), "takes images of 32 pixels, not 40"),
+    ):
+        assert words in refused(script, *flags)
+
+
+def test_impossible_combinations(refused):
+    for script, flags, words in (
+        (DAFL_train, ("--oh", "0", "--ie", "0", "--a", "0"), "all 0"),
+        (DAFL_train, ("--batch_size", "1"), "impossible"),
+        (DAFL_train, ("--lr_G", "nan"), "impossible"),
+        (DAFL_train, ("--lr_S", "inf"), "impossible"),
+        (DAFL_train, ("--lr_S", "0"), "must be above 0"),
+        (DAFL_train, ("--teacher", "hintonnet"), "lenet5_half takes images of 32 pixels, not 28"),
+        (vanilla_kd, ("--transfer_set", "noise", "--beta", "1"), "labels"),
+        (vanilla_kd, ("--alpha", "0"), "nothing would be learnt"),
+    ):
+        assert words in refused(script, *flags)
+
+
+def test_image_size_that_the_generator_cannot_make(tmp_path, refused):
+    checkpoint.save(get_model("resnet8", channels=1).state_dict(), tmp_path / "t.pt")
+    networks = ("--teacher", "resnet8", "--student", "resnet8")
+    assert "multiple of 4" in refused(DAFL_train, *networks, "--img_size", "30", "--teacher_ckpt",
+                                      tmp_path / "t.pt")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("dataset", ["mnist", "fashion-mnist", "cifar10", "cifar100", "svhn",
+                                     "celeba", "folder"])
+def test_data_absent_and_no_network(script, dataset, tmp_path, refused, monkeypatch):
+    def offline(*_, **__):
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr("socket.socket.connect", offline)
+    monkeypatch.setattr("socket.getaddrinfo", offline)
+    flags = ("--img_size", "32") if dataset in ("folder", "svhn") else ()
+    error = refused(script, "--dataset", dataset, "--data_root", tmp_path / "none", *flags,
+                    "--out", tmp_path / "runs", "--checkpoints", tmp_path)
+    assert str(tmp_path / "none") in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_empty_and_broken_images(tmp_path, refused):
+    folder = tmp_path / "data"
+    flags = ("--dataset", "folder", "--data_root", folder, "--model", "resnet8", "--img_size", "16",
+             "--out", tmp_path / "runs", "--checkpoints", tmp_path)
+    for split in ("train", "test"):
+        for name in "ab":
+            (folder / split / name).mkdir(parents=True)
+    assert str(folder) in refused(teacher_train, *flags)
+    for split in ("train", "test"):
+        for name in "ab":
+            (folder / split / name / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n, and then nothing")
+    assert "0.png" in refused(teacher_train, *flags)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_precision_and_device_that_are_not_there(script, refused, monkeypatch, checkpoints):
+    flags = () if script is teacher_train else ("--checkpoints", checkpoints)
+    monkeypatch.setattr(runtime, "has_bf16", lambda device: False)
+    assert "--precision fp32" in refused(script, "--precision", "bf16", "--device", "cpu", *flags)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "--device cpu" in refused(script, "--device", "cuda", *flags)
+    assert "GPU 3" in refused(script, "--gpu", "3", *flags)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_output_folder_that_cannot_be_written(script, tmp_path, refused, checkpoints):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    assert "--out" in refused(script, "--out", blocked / "runs", "--checkpoints", checkpoints)
+    assert blocked.read_text() == "in the way"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_nothing_to_evaluate(script, tmp_path, refused, checkpoints):
+    error = refused(script, "--evaluate_only", "--out", tmp_path, "--checkpoints", checkpoints)
+    assert "best.pt does not exist" in error
+
+
+def test_a_real_command_line_ends_without_traceback(tmp_path):
+    command = [sys.executable, ROOT / "DAFL_train.py", "--teacher_ckpt", tmp_path / "none.pt",
+               "--out", tmp_path]
+    end = subprocess.run(command, capture_output=True, text=True)
+    assert end.returncode == 2 and end.stdout == ""
+    assert end.stderr.count("\n") == 1 and end.stderr.startswith("DAFL_train.py: teacher ")
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_help_shows_and_every_flag_is_read(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "{presets}" not in text and len(text) > 300
+    sources = "".join(p.read_text() for p in (Path(script.__file__),
+                                              *(ROOT / "datafree").glob("*.py")))
+    for flag in vars(script.parse_args([])):
+        assert f"args.{flag}" in sources or f'"{flag}"' in sources, flag

@@ -17,7 +17,7 @@ the teacher's answers on them; no image of the training data is read. With x = G
 
 One backward pass of L_G + L_KD serves both optimisers. An epoch is 120 iterations, then a test.
 
-Published settings (the default of every flag below is the data set's):
+Published settings; the defaults of these flags are the data set's:
 {presets}
 
 --variant mmrazor replaces some of them by MMRazor's:
@@ -95,8 +95,9 @@ def parse_args(argv=None):
                    help="whose setting (default: %(default)s)")
     for role in ("teacher", "student"):
         p.add_argument(f"--{role}", choices=sorted(MODELS), metavar="NAME",
-                       help="one of " + ", ".join(sorted(MODELS)) if role == "teacher" else
-                       "as for --teacher")
+                       help="(default: the data set's, see above) " + (
+                           "one of " + ", ".join(sorted(MODELS)) if role == "teacher" else
+                           "the same names"))
     p.add_argument("--teacher_ckpt", "--teacher_dir", metavar="FILE",
                    help="the teacher's weights: a file, or a run folder "
                         "(default: <checkpoints>/<dataset>-<teacher>.pt)")
@@ -115,12 +116,13 @@ def parse_args(argv=None):
         ("a", weight, "weight of L_a"),
         ("T", positive, "temperature of L_KD"),
     ):
-        p.add_argument(f"--{flag}", type=kind, help=text)
+        p.add_argument(f"--{flag}", type=kind, metavar="X", help=f"{text} (default: see above)")
     for flag in ("optimizer_G", "optimizer_S"):
-        p.add_argument(f"--{flag}", choices=("adam", "adamw", "sgd"))
+        p.add_argument(f"--{flag}", choices=("adam", "adamw", "sgd"), help="(default: see above)")
     p.add_argument("--milestones", type=number(float, 0, 1), nargs="*", metavar="FRACTION",
-                   help="lr_S x 0.1 at these fractions of the epochs")
-    p.add_argument("--nz", "--latent_dim", type=number(int, 1), help="length of z")
+                   help="lr_S x 0.1 at these fractions of the epochs (default: see above)")
+    p.add_argument("--nz", "--latent_dim", type=number(int, 1), metavar="X",
+                   help="length of z (default: see above)")
     p.add_argument("--iterations", type=number(int, 1), default=120,
                    help="iterations of an epoch (default: %(default)s)")
     p.add_argument("--ie_log", choices=("10", "e"), default="10",

@@ -77,7 +77,7 @@ def parse_args(argv=None):
     for flag, kind in (("lr", number(float, 0, above=True)), ("weight_decay", number(float, 0)),
                        ("batch_size", number(int, 2)), ("n_epochs", number(int, 1)),
                        ("gamma", number(float, 0, 1))):
-        p.add_argument(f"--{flag}", type=kind, help="(default: the recipe's)")
+        p.add_argument(f"--{flag}", type=kind, metavar="X", help="(default: the recipe's)")
     p.add_argument("--milestones", type=number(float, 0, 1), nargs="*", metavar="FRACTION",
                    help="lr x gamma at these fractions of the epochs (default: the recipe's)")
     p.add_argument("--img_size", type=number(int, 8), help="(default: the model's or data's)")

@@ -62,7 +62,8 @@ def parse_args(argv=None):
                    "(default: --data_root)")
     for role in ("teacher", "student"):
         p.add_argument(f"--{role}", choices=sorted(MODELS), metavar="NAME",
-                       help="an architecture: see teacher_train.py --help")
+                       help="one of " + ", ".join(sorted(MODELS)) + " (default: see above)"
+                       if role == "teacher" else "the same names (default: see above)")
     p.add_argument("--teacher_ckpt", "--teacher_dir", metavar="FILE",
                    help="the teacher's weights (default: <checkpoints>/<dataset>-<teacher>.pt)")
     p.add_argument("--checkpoints", default="./checkpoints", metavar="DIR",
@@ -73,12 +74,12 @@ def parse_args(argv=None):
                    help="weight of the labels (default: %(default)s)")
     p.add_argument("--T", type=number(float, 0, above=True), default=4.0,
                    help="temperature (default: %(default)s)")
-    p.add_argument("--optimizer", choices=("adam", "adamw", "sgd"))
+    p.add_argument("--optimizer", choices=("adam", "adamw", "sgd"), help="(default: see above)")
     for flag, kind in (("lr", number(float, 0, above=True)), ("weight_decay", number(float, 0)),
                        ("batch_size", number(int, 2)), ("n_epochs", number(int, 1))):
-        p.add_argument(f"--{flag}", type=kind)
+        p.add_argument(f"--{flag}", type=kind, metavar="X", help="(default: see above)")
     p.add_argument("--milestones", type=number(float, 0, 1), nargs="*", metavar="FRACTION",
-                   help="lr x 0.1 at these fractions of the epochs")
+                   help="lr x 0.1 at these fractions of the epochs (default: see above)")
     p.add_argument("--img_size", type=number(int, 8), help="(default: the model's or data's)")
     add_run_arguments(p)
     args = p.parse_args(argv)

@@ -96,12 +96,16 @@ def fill_defaults(args, defaults):
 
 
 def describe_presets(presets):
-    """Presets (name -> flag -> value) as indented lines for --help."""
+    """Presets (name -> flag -> value) as indented lines for --help; equal ones stand together."""
+    texts = {}
+    for name, values in presets.items():
+        text = " ".join(f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}"
+                        for k, v in values.items() if v != [])
+        texts.setdefault(text, []).append(name)
     return "\n".join(
-        textwrap.fill(" ".join(f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}"
-                               for k, v in values.items() if v != []), 96,
-                      initial_indent=f"    {name:14}", subsequent_indent=" " * 18)
-        for name, values in presets.items())
+        f"    {', '.join(names)}:\n" + textwrap.fill(text, 98, initial_indent=" " * 8,
+                                                     subsequent_indent=" " * 8)
+        for text, names in texts.items())
 
 
 def cli(main, parse_args, *data_errors):

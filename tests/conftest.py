@@ -7,7 +7,6 @@ import teacher_train
 from data import DataError
 from datafree.runtime import cli
 
-
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: their work is tiny
 torch.set_num_threads(1)
 

@@ -65,10 +65,11 @@ from models import MODELS, agree_on_size, get_generator, get_model, set_folded
 
 MNIST = dict(teacher="lenet5", student="lenet5_half", batch_size=512, n_epochs=200,
              optimizer_G="adam", lr_G=0.2, optimizer_S="adam", lr_S=2e-3, weight_decay=0.0,
-             milestones=[], warmup=0, nz=100, oh=1.0, ie=5.0, a=0.1, T=1.0)
+             milestones=[], warmup=0, nz=100, ngf=64, oh=1.0, ie=5.0, a=0.1, T=1.0)
 CIFAR10 = dict(teacher="resnet34", student="resnet18", batch_size=1024, n_epochs=2000,
                optimizer_G="adam", lr_G=0.02, optimizer_S="sgd", lr_S=0.1, weight_decay=5e-4,
-               milestones=[0.4, 0.8], warmup=0, nz=1000, oh=0.05, ie=5.0, a=0.01, T=1.0)
+               milestones=[0.4, 0.8], warmup=0, nz=1000, ngf=64, oh=0.05, ie=5.0, a=0.01,
+               T=1.0)
 PRESETS = {
     "mnist": MNIST,
     "fashion-mnist": MNIST,
@@ -123,6 +124,8 @@ def parse_args(argv=None):
                    help="lr_S x 0.1 at these fractions of the epochs (default: see above)")
     p.add_argument("--nz", "--latent_dim", type=number(int, 1), metavar="X",
                    help="length of z (default: see above)")
+    p.add_argument("--ngf", type=number(int, 1), metavar="X",
+                   help="width of the generator (default: see above)")
     p.add_argument("--iterations", type=number(int, 1), default=120,
                    help="iterations of an epoch (default: %(default)s)")
     p.add_argument("--ie_log", choices=("10", "e"), default="10",
@@ -200,7 +203,7 @@ def main(args):
     teacher, card = checkpoint.load_teacher(args, get_model, data.num_classes, data.channels)
     student = get_model(args.student, data.num_classes, data.channels)
     try:
-        generator = get_generator("dafl", args.nz, data.img_size, data.channels)
+        generator = get_generator("dafl", args.nz, data.img_size, data.channels, args.ngf)
     except ValueError as error:
         raise UsageError(f"{error}: choose another --img_size") from error
     set_folded(generator, not args.unfolded)

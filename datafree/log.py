@@ -66,6 +66,7 @@ class Run:
         self.last, self.best = self.folder / "last.pt", self.folder / "best.pt"
         self.best_score, self.best_epoch, self.next_epoch = -math.inf, None, 0
         self.seconds_before, self.columns, self.visdom = 0.0, None, None
+        self.rows_before = []
         self.bar = None
         try:
             if self.last.exists() and not args.resume:
@@ -96,7 +97,8 @@ class Run:
             self._restore()
         (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=1, default=str))
         if self.args.visdom:
-            self.visdom = Visdom(self.args.visdom, self.name, self.folder / "visdom.log", self.log)
+            self.visdom = Visdom(self.args.visdom, self.name, self.folder / "visdom.log", self.log,
+                                 self.rows_before)
         self.started = time.perf_counter()
         return self.next_epoch
 
@@ -129,6 +131,7 @@ class Run:
                 reader = csv.DictReader(file)
                 rows = [r for r in reader if int(r["epoch"]) <= self.next_epoch]
                 self.columns = reader.fieldnames
+            self.rows_before = rows
             with path.open("w", newline="") as file:
                 writer = csv.DictWriter(file, self.columns)
                 writer.writeheader()
@@ -232,7 +235,7 @@ class Run:
         path = self.folder / "samples" / f"{name}.png"
         save_image(grid, path)
         if self.visdom:
-            self.visdom.images("samples", grid)
+            self.visdom.images("samples", grid, f"samples {name}")
         return path
 
     def finish(self, accuracy, **facts):
@@ -266,47 +269,98 @@ class Visdom:
 
     Nothing is imported or connected before the first object is made, and a missing package or
     server costs one line, never the run.
+
+    Args:
+        port: the server's, on this machine.
+        env: the environment to draw in: the run's name.
+        path: the log file.
+        log: function that shows people a line.
+        rows: a resumed run's rows of metrics.csv, with which its curves begin.
     """
 
-    def __init__(self, port, env, path, log):
-        self.client, self.env, self.path, self.log = None, env.replace("_", "-"), path, log
+    def __init__(self, port, env, path, log, rows=()):
+        self.port, self.env, self.path, self.log = port, env.replace("_", "-"), path, log
+        self.rows, self.client = rows, None
+        self.curves, self.pictures, self.in_log = {}, {}, {}
         try:
-            from visdom import Visdom as Client
+            self.Client = self._client_class()
         except ImportError:
             log("visdom is not installed: no live curves (pip install visdom)")
             return
         logging.getLogger("visdom").setLevel(logging.CRITICAL)
-        self.Client = Client
         try:
-            self.client = Client(port=port, env=self.env, raise_exceptions=True,
-                                 use_incoming_socket=False)
+            self.client = self.Client(port=port, env=self.env, raise_exceptions=True,
+                                      use_incoming_socket=False)
             log(f"live curves: http://localhost:{port}/env/{self.env}")
         except Exception:  # the client raises whatever requests or its sockets do
             self._go_offline(f"no visdom server answers at port {port} (python -m visdom.server "
                              f"-port {port} starts one)")
 
+    @staticmethod
+    def _client_class():
+        import visdom
+
+        class Client(visdom.Visdom):
+            def _handle_post(self, url, data=None):
+                # visdom itself would ask a proxy for this machine, wait for ever, and take an
+                # error page for success.
+                self.session.trust_env = False
+                answer = self.session.post(url, data=data, timeout=10)
+                answer.raise_for_status()
+                return answer.text
+
+        return Client
+
     def _go_offline(self, reason):
         self.client = self.Client(offline=True, log_to_filename=str(self.path), env=self.env)
         self.log(f"{reason}: curves go to {self.path}, "
-                 "visdom.Visdom().replay_log(FILE) shows them")
+                 f"visdom.Visdom(port={self.port}).replay_log(FILE) shows them")
+        # What a lost server was shown is lost with it.
+        for name in self.curves:
+            self._draw_curve(name)
+        for name in self.pictures:
+            self._draw_images(name)
 
-    def _send(self, draw):
+    def _send(self, draw, name):
         if self.client is None:
             return
         try:
-            draw(self.client)
+            draw(name)
         except Exception:  # a server that went away must not end the run
             self._go_offline("the visdom server went away")
-            draw(self.client)
 
     def curve(self, name, x, y):
         """Append the point (x, y) to the window `name`."""
-        self._send(lambda client: client.line(
-            [y], [x], win=name, update="append", opts={"title": name, "xlabel": "epoch"}))
+        if name not in self.curves:
+            self.curves[name] = [(int(r["epoch"]), float(r[name])) for r in self.rows
+                                 if r.get(name)]
+        self.curves[name].append((x, y))
+        self._send(self._draw_curve, name)
 
-    def images(self, name, grid):
+    def _draw_curve(self, name):
+        # A server gets the whole curve each time: it may hold none of it, or another run's, or
+        # epochs that were run again. A log has what was written, and grows by the new points.
+        start = self.in_log.get(name, 0)
+        points = self.curves[name][start:]
+        # A lone point shows by its marker only; with markers visdom offers no smoothing.
+        self.client.line([y for _, y in points], [x for x, _ in points], win=name,
+                         update="append" if start else None,
+                         opts={"title": "test accuracy (%)" if name == "accuracy" else name,
+                               "xlabel": "epoch", "markers": len(points) < 30, "markersize": 4})
+        if self.client.offline:
+            self.in_log[name] = len(self.curves[name])
+
+    def images(self, name, grid, title):
         """Show one picture (C, H, W) in 0..1 in the window `name`."""
-        self._send(lambda client: client.image(grid.numpy(), win=name, opts={"title": name}))
+        self.pictures[name] = (grid, title)
+        self._send(self._draw_images, name)
+
+    def _draw_images(self, name):
+        grid, title = self.pictures[name]
+        height, width = grid.shape[1:]
+        scale = 380 / max(height, width)  # about as large as a curve
+        self.client.image(grid.numpy(), win=name, opts={
+            "title": title, "width": round(width * scale), "height": round(height * scale)})
 
 
 def plot_accuracy(path, runs):

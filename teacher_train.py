@@ -24,7 +24,7 @@ from data import DATASETS, DataError, get_dataset
 from datafree import checkpoint
 from datafree.augment import Transform
 from datafree.log import Run, evaluate_checkpoint
-from datafree.metrics import evaluate
+from datafree.metrics import test_accuracy
 from datafree.published import describe, published_classifier
 from datafree.runtime import (
     Parser,
@@ -114,18 +114,13 @@ def main(args):
     data = get_dataset(args.dataset, args.data_root, img_size=args.img_size,
                        attribute=args.attribute).to(runtime.device)
     model = get_model(args.model, data.num_classes, data.channels)
+    name = f"teacher_train-{args.dataset}-{args.model}"
+    if args.evaluate_only:
+        return evaluate_checkpoint(args, name, model, args.model, data, runtime)
     runtime.place(model)
-    transform = Transform(data.mean, data.std, data.padding, data.flip)
+    transform = Transform.of(data)
     cells = published_classifier(args.dataset, args.model)
     card = checkpoint.card(args.model, data, transform)
-    name = f"teacher_train-{args.dataset}-{args.model}"
-
-    def test_accuracy():
-        batches = data.test.batches(1000, device=runtime.device)
-        return evaluate(model, batches, transform, runtime.autocast)
-
-    if args.evaluate_only:
-        return evaluate_checkpoint(args, name, model, args.model, test_accuracy)
     target = checkpoint.teacher_file(args.checkpoints, args.dataset, args.model)
     run = Run(args, name, runtime)
     optimizer = make_optimizer(args.optimizer, model.parameters(), args.lr, args.weight_decay)
@@ -137,19 +132,16 @@ def main(args):
     batches = data.train.batches(args.batch_size, shuffle=True, device=runtime.device,
                                  drop_last=len(data.train) % args.batch_size == 1)
     run.progress(args.n_epochs, len(batches), args.batch_size)
-    accuracy = None
     for epoch in range(start, args.n_epochs):
         set_lr(optimizer, lr_at(epoch, args.lr, args.n_epochs, args.milestones, args.gamma))
         model.train()
         loss = train_epoch(model, optimizer, batches, transform, runtime, run.tick)
-        accuracy = test_accuracy()
+        accuracy = test_accuracy(model, data, transform, runtime)
         run.end_epoch(epoch, accuracy, {"loss": loss}, model, card)
-    if accuracy is None:
-        accuracy = test_accuracy()
     checkpoint.save(checkpoint.read(run.best), target)
     run.log(f"weights of the best epoch: {target}")
-    return run.finish(accuracy, dataset=data.name, model=args.model, method="Teacher",
-                      published=cells, fingerprint=data.fingerprint, weights=str(target))
+    return run.finish(dataset=data.name, model=args.model, method="Teacher", published=cells,
+                      fingerprint=data.fingerprint, weights=str(target))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from datafree import checkpoint
 from datafree.augment import Transform
 from datafree.log import Run, evaluate_checkpoint
 from datafree.losses import kd_loss
-from datafree.metrics import evaluate
+from datafree.metrics import test_accuracy
 from datafree.published import describe, published
 from datafree.runtime import (
     Parser,
@@ -133,11 +133,13 @@ def main(args):
     """Distil or evaluate; returns the content of result.json."""
     runtime = setup(args)
     data = get_dataset(args.dataset, args.data_root, img_size=args.img_size).to(runtime.device)
-    teacher, card = checkpoint.load_teacher(args, get_model, data.num_classes, data.channels)
     student = get_model(args.student, data.num_classes, data.channels)
+    name = f"vanilla_kd-{args.dataset}-{args.teacher}-{args.student}-{args.transfer_set}"
+    if args.evaluate_only:
+        return evaluate_checkpoint(args, name, student, args.student, data, runtime)
+    teacher, card = checkpoint.load_teacher(args, get_model, data)
     runtime.place(teacher, student)
-    transform = Transform(card.get("mean", data.mean), card.get("std", data.std), data.padding,
-                          data.flip)
+    transform = Transform.of(data, card)
     if args.transfer_set == "noise":
         shape = (data.channels, data.img_size, data.img_size)
         batches = Noise(len(data.train), args.batch_size, shape, runtime.device)
@@ -149,19 +151,10 @@ def main(args):
                                  img_size=data.img_size, channels=data.channels).to(runtime.device)
         batches = source.train.batches(args.batch_size, shuffle=True, device=runtime.device,
                                        drop_last=len(source.train) % args.batch_size == 1)
-
-    def test_accuracy(model):
-        tests = data.test.batches(1000, device=runtime.device)
-        return evaluate(model, tests, transform, runtime.autocast)
-
-    name = f"vanilla_kd-{args.dataset}-{args.teacher}-{args.student}-{args.transfer_set}"
-    if args.evaluate_only:
-        return evaluate_checkpoint(args, name, student, args.student,
-                                   lambda: test_accuracy(student))
     run = Run(args, name, runtime)
     optimizer = make_optimizer(args.optimizer, student.parameters(), args.lr, args.weight_decay)
     start = run.start(student=student, optimizer=optimizer)
-    teacher_accuracy = test_accuracy(teacher)
+    teacher_accuracy = test_accuracy(teacher, data, transform, runtime)
     methods = {"original": ("KD original data", "KD-ORI", "KD"),
                "noise": ("Random noise (normal distribution)", "RANDOM")}
     cells = published(args.dataset, methods.get(args.transfer_set, ()), args.teacher, args.student)
@@ -172,9 +165,10 @@ def main(args):
     for epoch in range(start, args.n_epochs):
         set_lr(optimizer, lr_at(epoch, args.lr, args.n_epochs, args.milestones))
         loss = train_epoch(teacher, student, optimizer, batches, transfer, args, runtime, run.tick)
-        run.end_epoch(epoch, test_accuracy(student), {"loss": loss}, student, card)
+        accuracy = test_accuracy(student, data, transform, runtime)
+        run.end_epoch(epoch, accuracy, {"loss": loss}, student, card)
     return run.finish(
-        test_accuracy(student), method=f"KD ({args.transfer_set})", dataset=data.name,
+        method=f"KD ({args.transfer_set})", dataset=data.name,
         teacher=args.teacher, student=args.student, teacher_accuracy=teacher_accuracy,
         published=cells, fingerprint=data.fingerprint)
 

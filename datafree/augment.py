@@ -40,6 +40,15 @@ class Transform:
     def __init__(self, mean, std, padding=0, flip=False):
         self.mean, self.std, self.padding, self.flip = mean, std, padding, flip
 
+    @classmethod
+    def of(cls, data, card=None):
+        """The transform of a data set, for a network whose checkpoint has this card, if any.
+
+        A network must meet images with the statistics that it was trained with, the card's.
+        """
+        card = card or {}
+        return cls(card.get("mean", data.mean), card.get("std", data.std), data.padding, data.flip)
+
     def __call__(self, x, train=False):
         """(N, C, H, W) uint8 -> float32, normalised, channels_last; augmented if `train`."""
         if train and self.padding:

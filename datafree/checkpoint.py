@@ -124,16 +124,17 @@ def teacher_file(folder, dataset, model):
     return Path(folder) / f"{dataset}-{model}.pt"
 
 
-def load_teacher(args, build, num_classes, channels):
+def load_teacher(args, build, data):
     """The frozen teacher of a distillation script, in eval mode, and the card beside its weights.
 
     Args:
         args: with teacher (registry name), teacher_ckpt (file, folder or None), checkpoints,
             dataset.
         build: (name, num_classes, channels) -> module.
+        data: the data set, with num_classes, channels and img_size.
 
     Raises:
-        UsageError: no such file, damaged, another architecture or number of classes.
+        UsageError: no such file, damaged, another architecture, number of classes or image size.
     """
     path = Path(args.teacher_ckpt or teacher_file(args.checkpoints, args.dataset, args.teacher))
     path = path / "best.pt" if path.is_dir() else path
@@ -142,6 +143,10 @@ def load_teacher(args, build, num_classes, channels):
                          f"--dataset {args.dataset} --model {args.teacher}`, or give "
                          "--teacher_ckpt FILE")
     content = read(path)
-    teacher = build(args.teacher, num_classes, channels)
+    teacher = build(args.teacher, data.num_classes, data.channels)
     load_weights(teacher, content, path, args.teacher)
-    return teacher.eval().requires_grad_(False), content.get("card") or {}
+    card = content.get("card") or {}
+    if card.get("img_size", data.img_size) != data.img_size:
+        raise UsageError(f"teacher {path} was trained on images of {card['img_size']} pixels, not "
+                         f"{data.img_size}: give --img_size {card['img_size']}")
+    return teacher.eval().requires_grad_(False), card

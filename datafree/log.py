@@ -22,6 +22,8 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from datafree import checkpoint
+from datafree.augment import Transform
+from datafree.metrics import test_accuracy
 from datafree.runtime import UsageError, commit, device_name
 
 # Flags that may differ between a run and its continuation: where, how loud, how long.
@@ -34,15 +36,18 @@ def run_folder(args, name):
     return Path(args.out) / (f"{name}-{args.tag}" if args.tag else name)
 
 
-def evaluate_checkpoint(args, name, model, architecture, score):
-    """What --evaluate_only does: load the run's best weights, or --ckpt, and print the score.
+def evaluate_checkpoint(args, name, model, architecture, data, runtime):
+    """What --evaluate_only does: load the run's best weights, or --ckpt, and print their score.
 
     Returns:
-        {"weights": the file, "accuracy": score()}.
+        {"weights": the file, "accuracy": test top-1 in percent}.
     """
     path = Path(args.ckpt) if args.ckpt else run_folder(args, name) / "best.pt"
-    checkpoint.load_weights(model, checkpoint.read(path), path, architecture)
-    accuracy = score()
+    content = checkpoint.read(path)
+    checkpoint.load_weights(model, content, path, architecture)
+    runtime.place(model)
+    transform = Transform.of(data, content.get("card"))
+    accuracy = test_accuracy(model, data, transform, runtime)
     print(f"[Eval] {path} Acc@1={accuracy:.2f}")
     return {"weights": str(path), "accuracy": accuracy}
 
@@ -66,8 +71,7 @@ class Run:
         self.last, self.best = self.folder / "last.pt", self.folder / "best.pt"
         self.best_score, self.best_epoch, self.next_epoch = -math.inf, None, 0
         self.seconds_before, self.columns, self.visdom = 0.0, None, None
-        self.rows_before = []
-        self.bar = None
+        self.rows_before, self.accuracy, self.bar = [], None, None
         try:
             if self.last.exists() and not args.resume:
                 self._set_aside()
@@ -117,7 +121,7 @@ class Run:
         for name, value in self.states.items():
             value.load_state_dict(state["states"][name])
         checkpoint.restore_rng(state["rng"])
-        self.next_epoch = content["epoch"] + 1
+        self.next_epoch, self.accuracy = content["epoch"] + 1, content["card"]["accuracy"]
         self.best_score, self.best_epoch = state["best_score"], state["best_epoch"]
         self.seconds_before = state["seconds"]
         self._cut_metrics()
@@ -194,7 +198,7 @@ class Run:
                     "best_epoch": self.best_epoch, "seconds": self.seconds(),
                     "args": json.loads(json.dumps(vars(self.args), default=str))},
         }, self.last)
-        self.next_epoch = epoch + 1
+        self.next_epoch, self.accuracy = epoch + 1, accuracy
         self.facts["acc"] = f"{accuracy:.2f}"
         self.log(f"[Eval] Epoch={epoch + 1} Acc@1={accuracy:.2f} Best={self.best_score:.2f} "
                  + " ".join(f"{k}={v:.4f}" for k, v in losses.items()))
@@ -238,18 +242,17 @@ class Run:
             self.visdom.images("samples", grid, f"samples {name}")
         return path
 
-    def finish(self, accuracy, **facts):
+    def finish(self, **facts):
         """Close the run: accuracy.png and result.json, whose content is returned.
 
         Args:
-            accuracy: the last epoch's test top-1 in percent.
             facts: what the script adds, plain values.
         """
         if self.bar is not None:
             self.bar.close()
         plot_accuracy(self.folder / "accuracy.png", {self.name: self.folder / "metrics.csv"})
         result = {
-            "name": self.name, "last": accuracy, "best": self.best_score,
+            "name": self.name, "last": self.accuracy, "best": self.best_score,
             "best_epoch": self.best_epoch, **facts,
             "seconds": round(self.seconds(), 1), "seed": self.args.seed,
             "precision": self.runtime.precision, "hardware": device_name(self.runtime.device),
@@ -259,8 +262,8 @@ class Run:
             "args": json.loads(json.dumps(vars(self.args), default=str)),
         }
         (self.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-        self.log(f"last {accuracy:.2f} %, best {self.best_score:.2f} % (epoch {self.best_epoch}), "
-                 f"{self.seconds():.0f} s: {self.folder / 'result.json'}")
+        self.log(f"last {self.accuracy:.2f} %, best {self.best_score:.2f} % (epoch "
+                 f"{self.best_epoch}), {self.seconds():.0f} s: {self.folder / 'result.json'}")
         return result
 
 

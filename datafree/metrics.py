@@ -1,22 +1,21 @@
-"""Scores of a classifier on a test split."""
+"""Scores of a classifier."""
 
 import torch
 
 
 @torch.no_grad()
-def evaluate(model, batches, transform, autocast):
-    """Top-1 accuracy in percent of `model` in eval mode; its mode is restored afterwards.
+def test_accuracy(model, data, transform, runtime):
+    """Top-1 accuracy in percent of `model`, in eval mode, on the test split of `data`.
 
     Args:
-        batches: iterable of (uint8 images (N, C, H, W), int64 labels (N,)) on the model's device.
+        data: with test.batches(n, device=...), giving uint8 images (N, C, H, W) and labels (N,).
         transform: images -> network input.
-        autocast: a function that gives the precision's context manager.
     """
     training = model.training
     model.eval()
     correct, total = 0, 0
-    for x, y in batches:
-        with autocast():
+    for x, y in data.test.batches(1000, device=runtime.device):
+        with runtime.autocast():
             logits = model(transform(x))
         correct = correct + (logits.argmax(1) == y).sum()
         total += len(y)

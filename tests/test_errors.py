@@ -85,6 +85,14 @@ def test_impossible_combinations(refused):
         assert words in refused(script, *flags)
 
 
+def test_teacher_of_another_image_size(tmp_path, refused):
+    checkpoint.save({"state_dict": get_model("resnet8", channels=1).state_dict(),
+                     "card": {"model": "resnet8", "img_size": 16}}, tmp_path / "t.pt")
+    networks = ("--teacher", "resnet8", "--student", "resnet8")
+    assert "give --img_size 16" in refused(DAFL_train, *networks, "--teacher_ckpt",
+                                           tmp_path / "t.pt")
+
+
 def test_image_size_that_the_generator_cannot_make(tmp_path, refused):
     checkpoint.save(get_model("resnet8", channels=1).state_dict(), tmp_path / "t.pt")
     networks = ("--teacher", "resnet8", "--student", "resnet8")

@@ -136,10 +136,12 @@ class Run:
                 rows = [r for r in reader if int(r["epoch"]) <= self.next_epoch]
                 self.columns = reader.fieldnames
             self.rows_before = rows
-            with path.open("w", newline="") as file:
+            shortened = path.with_name("metrics.csv.tmp")
+            with shortened.open("w", newline="") as file:
                 writer = csv.DictWriter(file, self.columns)
                 writer.writeheader()
                 writer.writerows(rows)
+            shortened.replace(path)
 
     def seconds(self):
         """Wall time of this run, earlier parts included."""

@@ -198,8 +198,8 @@ def train_epoch(epoch, generator, teacher, student, optimizer_G, optimizer_S, ar
 def main(args):
     """Distil or evaluate; returns the content of result.json."""
     runtime = setup(args)
-    data = get_dataset(args.dataset, args.data_root, img_size=args.img_size,
-                       attribute=args.attribute).to(runtime.device)
+    data = get_dataset(args.dataset, args.data_root, img_size=args.img_size, mean=args.mean,
+                       std=args.std, attribute=args.attribute).to(runtime.device)
     student = get_model(args.student, data.num_classes, data.channels)
     name = f"DAFL_train-{args.dataset}-{args.teacher}-{args.student}"
     name += "" if args.variant == "dafl" else f"-{args.variant}"

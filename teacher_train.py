@@ -111,8 +111,8 @@ def train_epoch(model, optimizer, batches, transform, runtime, tick):
 def main(args):
     """Train or evaluate; returns the content of result.json."""
     runtime = setup(args)
-    data = get_dataset(args.dataset, args.data_root, img_size=args.img_size,
-                       attribute=args.attribute).to(runtime.device)
+    data = get_dataset(args.dataset, args.data_root, img_size=args.img_size, mean=args.mean,
+                       std=args.std, attribute=args.attribute).to(runtime.device)
     model = get_model(args.model, data.num_classes, data.channels)
     name = f"teacher_train-{args.dataset}-{args.model}"
     if args.evaluate_only:

@@ -132,7 +132,8 @@ def train_epoch(teacher, student, optimizer, batches, transform, args, runtime, 
 def main(args):
     """Distil or evaluate; returns the content of result.json."""
     runtime = setup(args)
-    data = get_dataset(args.dataset, args.data_root, img_size=args.img_size).to(runtime.device)
+    data = get_dataset(args.dataset, args.data_root, img_size=args.img_size, mean=args.mean,
+                       std=args.std).to(runtime.device)
     student = get_model(args.student, data.num_classes, data.channels)
     name = f"vanilla_kd-{args.dataset}-{args.teacher}-{args.student}-{args.transfer_set}"
     if args.evaluate_only:

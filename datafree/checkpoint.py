@@ -129,7 +129,7 @@ def load_teacher(args, build, data):
 
     Args:
         args: with teacher (registry name), teacher_ckpt (file, folder or None), checkpoints,
-            dataset.
+            dataset, mean and std (both None: the card's count).
         build: (name, num_classes, channels) -> module.
         data: the data set, with num_classes, channels and img_size.
 
@@ -149,4 +149,6 @@ def load_teacher(args, build, data):
     if card.get("img_size", data.img_size) != data.img_size:
         raise UsageError(f"teacher {path} was trained on images of {card['img_size']} pixels, not "
                          f"{data.img_size}: give --img_size {card['img_size']}")
+    if args.mean or args.std:
+        card = {}  # what the user says of the data wins
     return teacher.eval().requires_grad_(False), card

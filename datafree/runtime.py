@@ -73,6 +73,10 @@ def add_run_arguments(parser):
     group = parser.add_argument_group("run")
     group.add_argument("--data_root", "--data", default="./datasets", metavar="DIR",
                        help="where data sets are, and are downloaded to (default: %(default)s)")
+    for name in ("mean", "std"):
+        group.add_argument(f"--{name}", type=number(float, 0, 1), nargs="+", metavar="X",
+                           help=f"the {name} of each channel, of pixels in 0..1 (default: the "
+                           "teacher file's, else the data set's; a folder's are computed once)")
     group.add_argument("--out", "--output_dir", default="./runs", metavar="DIR",
                        help="parent of the run folders (default: %(default)s)")
     group.add_argument("--tag", "--log_tag", default="", help="suffix of the run folder's name")

@@ -249,3 +249,35 @@ def test_losses_fall_on_digits(tmp_path, checkpoints):
         record = list(csv.DictReader(file))
     assert float(record[-1]["loss_G"]) < float(record[0]["loss_G"])
     assert float(record[-1]["accuracy"]) > 25  # of ten classes
+
+
+def test_own_images_and_teacher_end_to_end(tmp_path, refused):
+    """A folder of images and a bare state dict, through all three scripts and MMRazor's variant."""
+    torch.manual_seed(0)
+    for split in ("train", "test"):
+        for name, colour in (("dark", 60), ("bright", 200)):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(8):
+                noise = torch.randint(-50, 50, (16, 16, 3)) + colour
+                Image.fromarray(noise.to(torch.uint8).numpy()).save(folder / f"{i}.png")
+    common = ["--dataset", "folder", "--data_root", str(tmp_path / "data"), "--out", str(tmp_path),
+              "--n_epochs", "1", "--batch_size", "8", "--checkpoints", str(tmp_path)]
+    trained = run(teacher_train, *common, "--model", "resnet8")
+    assert trained["dataset"] == "folder" and (tmp_path / "folder-resnet8.pt").exists()
+    card = checkpoint.read(tmp_path / "folder-resnet8.pt")["card"]
+    assert card["num_classes"] == 2 and card["img_size"] == 16 and len(card["mean"]) == 3
+    bare = tmp_path / "bare.pt"
+    torch.save(checkpoint.read(tmp_path / "folder-resnet8.pt")["state_dict"], bare)
+    networks = ["--teacher", "resnet8", "--student", "wrn16_1", "--teacher_ckpt", str(bare),
+                "--mean", "0.5", "0.5", "0.5", "--std", "0.2", "0.2", "0.2"]
+    for script, *flags in (
+        (DAFL_train, "--iterations", "2", "--nz", "8", "--sample_every", "1"),
+        (DAFL_train, "--iterations", "2", "--nz", "8", "--variant", "mmrazor"),
+        (vanilla_kd,),
+    ):
+        result = run(script, *common, *networks, *flags)
+        best = checkpoint.read(tmp_path / result["name"] / "best.pt")
+        assert best["card"]["model"] == "wrn16_1" and best["card"]["mean"] == [0.5] * 3
+    assert (tmp_path / "DAFL_train-folder-resnet8-wrn16_1" / "samples" / "epoch0001.png").exists()
+    assert "3 value" in refused(DAFL_train, *common, *networks, "--mean", "0.5")

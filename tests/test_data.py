@@ -323,7 +323,8 @@ def test_digits():
     assert torch.bincount(d.test.labels).tolist() == [50] * 10
     assert torch.bincount(d.train.labels).min() >= 124
     mean, std = splits.channel_statistics(d.train)
-    assert d.mean == pytest.approx(mean, abs=1e-4) and d.std == pytest.approx(std, abs=1e-4)
+    # The resizing kernels of different torchvision versions round apart by a few 1e-4.
+    assert d.mean == pytest.approx(mean, abs=1e-3) and d.std == pytest.approx(std, abs=1e-3)
     assert (d.num_classes, d.padding, d.flip) == (10, 0, False)
     np.random.seed(5)
     assert get_dataset("digits").fingerprint == d.fingerprint == "0c75dd140fd20d97"

@@ -224,7 +224,7 @@ def main(args):
     cells = published(args.dataset, ("DAFL",), args.teacher, args.student)
     run.log(f"teacher {args.teacher}: {teacher_accuracy:.2f} %; student {args.student}; "
             f"{runtime.precision} on {runtime.device}; published: {describe(cells)}")
-    run.progress(args.n_epochs, args.iterations, args.batch_size)
+    run.progress([args.iterations] * args.n_epochs, args.batch_size)
     card = checkpoint.card(args.student, data, transform)
     for epoch in range(start, args.n_epochs):
         losses = train_epoch(epoch, generator, teacher, student, optimizer_G, optimizer_S, args,

@@ -131,7 +131,7 @@ def main(args):
     # A last batch of one image would stop BatchNorm on a 1x1 map.
     batches = data.train.batches(args.batch_size, shuffle=True, device=runtime.device,
                                  drop_last=len(data.train) % args.batch_size == 1)
-    run.progress(args.n_epochs, len(batches), args.batch_size)
+    run.progress([len(batches)] * args.n_epochs, args.batch_size)
     for epoch in range(start, args.n_epochs):
         set_lr(optimizer, lr_at(epoch, args.lr, args.n_epochs, args.milestones, args.gamma))
         model.train()

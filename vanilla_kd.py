@@ -2,11 +2,15 @@
 
     python vanilla_kd.py --dataset mnist --transfer_set original    # "KD original data", KD-ORI
     python vanilla_kd.py --dataset mnist --transfer_set noise       # "Random noise", RANDOM
-    python vanilla_kd.py --dataset mnist --transfer_set svhn        # another data set's images
+    python vanilla_kd.py --dataset mnist --transfer_set svhn        # related or unrelated data:
+    python vanilla_kd.py --dataset mnist --transfer_set my/images   #   KD-REL, KD-UNR, "alternative"
+    python vanilla_kd.py --dataset mnist --alpha 0.9 --beta 0.1     # with labels: "KD"
+    python vanilla_kd.py --dataset mnist --scratch                  # labels only: "Student"
 
 The student learns alpha T^2 KL(teacher / T || student / T) + beta CE(student, label); labels exist
 in the original set only, so --beta needs it. Noise is drawn anew from N(0, 1) in the space of the
-teacher's normalised input, as many images an epoch as the original set has.
+teacher's normalised input, as many images an epoch as the original set has. Images of another set
+are brought to the teacher's size and channels and normalised with its statistics.
 
 Published setting (Fast-Datafree): SGD 0.1, momentum 0.9, weight decay 1e-4, batch 128, 200 epochs,
 x0.1 at 60, 75 and 90 % of them. Presets (flags override them; those of the small grey sets are
@@ -14,16 +18,18 @@ ours, as no paper names them):
 {presets}
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
-from data import DATASETS, DataError, get_dataset
+from data import DATASETS, DataError, TensorSplit, get_dataset, get_images
 from datafree import checkpoint
 from datafree.augment import Transform
 from datafree.log import Run, evaluate_checkpoint
 from datafree.losses import kd_loss
 from datafree.metrics import test_accuracy
-from datafree.published import describe, published
+from datafree.published import SCRATCH, describe, published
 from datafree.runtime import (
     Parser,
     add_run_arguments,
@@ -49,15 +55,18 @@ PRESETS = {
     "celeba": CIFAR | dict(teacher="alexnet", student="alexnet_half", optimizer="adam", lr=1e-4,
                            weight_decay=0.0, n_epochs=20),
 }
+OTHER_DATA = ("KD-REL", "KD-UNR", "KD alternative data (USPS)", "KD alternative data (similar)")
 
 
 def parse_args(argv=None):
     p = Parser(__doc__.format(presets=describe_presets(PRESETS)))
     p.add_argument("--dataset", choices=DATASETS, default="digits",
                    help="the teacher's data set (default: %(default)s)")
-    p.add_argument("--transfer_set", choices=("original", "noise", *DATASETS), default="original",
-                   metavar="SET", help="original, noise, or another data set: "
-                   + ", ".join(DATASETS) + " (default: %(default)s)")
+    p.add_argument("--transfer_set", default="original", metavar="SET",
+                   help="original, noise, another data set (" + ", ".join(DATASETS) + "), or a "
+                   "folder of images at any depth (default: %(default)s)")
+    p.add_argument("--scratch", action="store_true",
+                   help="no teacher: the same as --alpha 0 --beta 1")
     p.add_argument("--transfer_root", metavar="DIR", help="where that other data set is "
                    "(default: --data_root)")
     for role in ("teacher", "student"):
@@ -86,6 +95,12 @@ def parse_args(argv=None):
     args.argv = argv
     fill_defaults(args, PRESETS[args.dataset])
     args.img_size = p.image_size((args.teacher, args.student), args.img_size, agree_on_size)
+    known = args.transfer_set in ("original", "noise", *DATASETS)
+    if not known and not Path(args.transfer_set).is_dir():
+        p.error(f"--transfer_set {args.transfer_set} is neither a folder nor one of original, "
+                "noise, " + ", ".join(DATASETS))
+    if args.scratch:
+        args.alpha, args.beta = 0.0, 1.0
     if args.beta and args.transfer_set != "original":
         p.error("--beta weighs labels, which only --transfer_set original has")
     if not args.alpha and not args.beta:
@@ -117,8 +132,8 @@ def train_epoch(teacher, student, optimizer, batches, transform, args, runtime, 
         with runtime.autocast():
             s_logits = student(x)
             with torch.no_grad():
-                t_logits = teacher(x)
-        loss = args.alpha * kd_loss(s_logits, t_logits, args.T)
+                t_logits = teacher(x) if args.alpha else None
+        loss = args.alpha * kd_loss(s_logits, t_logits, args.T) if args.alpha else 0.0
         if args.beta:
             loss = loss + args.beta * F.cross_entropy(s_logits.float(), y)
         optimizer.zero_grad()
@@ -129,39 +144,50 @@ def train_epoch(teacher, student, optimizer, batches, transform, args, runtime, 
     return total / len(batches)
 
 
+def transfer_images(args, data):
+    """The split of images that --transfer_set names, other than noise."""
+    if args.transfer_set == "original":
+        return data.train
+    if args.transfer_set in DATASETS:
+        return get_dataset(args.transfer_set, args.transfer_root or args.data_root,
+                           img_size=data.img_size, channels=data.channels).train
+    images = get_images(args.transfer_set, data.img_size, data.channels)
+    return TensorSplit(images, torch.zeros(len(images), dtype=torch.int64))
+
+
 def main(args):
     """Distil or evaluate; returns the content of result.json."""
     runtime = setup(args)
     data = get_dataset(args.dataset, args.data_root, img_size=args.img_size, mean=args.mean,
                        std=args.std).to(runtime.device)
     student = get_model(args.student, data.num_classes, data.channels)
-    name = f"vanilla_kd-{args.dataset}-{args.teacher}-{args.student}-{args.transfer_set}"
+    taught = args.alpha > 0
+    source = Path(args.transfer_set).name if taught else "scratch"
+    name = f"vanilla_kd-{args.dataset}-{args.teacher}-{args.student}-{source}"
     if args.evaluate_only:
         return evaluate_checkpoint(args, name, student, args.student, data, runtime)
-    teacher, card = checkpoint.load_teacher(args, get_model, data)
-    runtime.place(teacher, student)
+    teacher, card = checkpoint.load_teacher(args, get_model, data) if taught else (None, None)
+    runtime.place(student, *([teacher] if taught else []))
     transform = Transform.of(data, card)
     if args.transfer_set == "noise":
         shape = (data.channels, data.img_size, data.img_size)
         batches = Noise(len(data.train), args.batch_size, shape, runtime.device)
         transfer = None
     else:
-        transfer, source = transform, data
-        if args.transfer_set not in ("original", args.dataset) or args.transfer_root:
-            source = get_dataset(args.transfer_set, args.transfer_root or args.data_root,
-                                 img_size=data.img_size, channels=data.channels).to(runtime.device)
-        batches = source.train.batches(args.batch_size, shuffle=True, device=runtime.device,
-                                       drop_last=len(source.train) % args.batch_size == 1)
+        transfer, images = transform, transfer_images(args, data).to(runtime.device)
+        batches = images.batches(args.batch_size, shuffle=True, device=runtime.device,
+                                 drop_last=len(images) % args.batch_size == 1)
     run = Run(args, name, runtime)
     optimizer = make_optimizer(args.optimizer, student.parameters(), args.lr, args.weight_decay)
     start = run.start(student=student, optimizer=optimizer)
-    teacher_accuracy = test_accuracy(teacher, data, transform, runtime)
-    methods = {"original": ("KD original data", "KD-ORI", "KD"),
-               "noise": ("Random noise (normal distribution)", "RANDOM")}
-    cells = published(args.dataset, methods.get(args.transfer_set, ()), args.teacher, args.student)
-    run.log(f"teacher {args.teacher}: {teacher_accuracy:.2f} %; student {args.student}; transfer "
-            f"set {args.transfer_set}; published: {describe(cells)}")
-    run.progress(args.n_epochs, len(batches), args.batch_size)
+    teacher_accuracy = test_accuracy(teacher, data, transform, runtime) if taught else None
+    methods = {"scratch": SCRATCH, "original": ("KD original data", "KD-ORI", "KD"),
+               "noise": ("Random noise (normal distribution)", "RANDOM")}.get(source, OTHER_DATA)
+    cells = published(args.dataset, methods, args.teacher, args.student)
+    run.log((f"teacher {args.teacher}: {teacher_accuracy:.2f} %; " if taught else "")
+            + f"student {args.student}; transfer set {args.transfer_set}; published: "
+            + describe(cells))
+    run.progress([len(batches)] * args.n_epochs, args.batch_size)
     card = checkpoint.card(args.student, data, transform)
     for epoch in range(start, args.n_epochs):
         set_lr(optimizer, lr_at(epoch, args.lr, args.n_epochs, args.milestones))
@@ -169,7 +195,7 @@ def main(args):
         accuracy = test_accuracy(student, data, transform, runtime)
         run.end_epoch(epoch, accuracy, {"loss": loss}, student, card)
     return run.finish(
-        method=f"KD ({args.transfer_set})", dataset=data.name,
+        method=f"KD ({source})" if taught else "Student", dataset=data.name,
         teacher=args.teacher, student=args.student, teacher_accuracy=teacher_accuracy,
         published=cells, fingerprint=data.fingerprint)
 

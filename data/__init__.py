@@ -13,10 +13,12 @@ import torch
 from torchvision.transforms.v2 import functional as F
 
 from . import sources
-from .folder import Raw, fingerprint, load_folder, open_files, side_of
+from .folder import Raw, fingerprint, get_images, load_folder, open_files, side_of
 from .splits import LUMA, DataError, FileSplit, TensorSplit, one_line
 
-__all__ = ["DATASETS", "DataError", "Dataset", "FileSplit", "TensorSplit", "get_dataset"]
+__all__ = [
+    "DATASETS", "DataError", "Dataset", "FileSplit", "TensorSplit", "get_dataset", "get_images",
+]
 
 
 @dataclass(frozen=True)

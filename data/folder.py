@@ -14,6 +14,7 @@ from .splits import DataError, FileSplit, TensorSplit, channel_statistics, one_l
 SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
 )  # fmt: skip
+_ENDINGS = " ".join(SUFFIXES)
 # Part of the cache's key: to be raised when the same file decodes to other pixels than before.
 DECODER_VERSION = 1
 
@@ -60,18 +61,35 @@ def class_folders(split: Path) -> list[str]:
     return sorted(p.name for p in split.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
+def get_images(root: str | Path, img_size: int, channels: int) -> torch.Tensor:
+    """All images below a folder, at any depth and sorted by path, without labels.
+
+    Returns uint8 (N, channels, img_size, img_size), decoded as ``get_dataset`` does. Raises
+    DataError where there are none or a file cannot be read.
+    """
+    root = Path(root).expanduser()
+    paths = _images_below(root) if root.is_dir() else []
+    if not paths:
+        raise DataError(f"no images below {root}: name a folder that holds some ({_ENDINGS})")
+    split = FileSplit(paths, torch.zeros(len(paths), dtype=torch.int64), img_size, channels)
+    return split.decode().images
+
+
+def _images_below(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not _hidden(path.relative_to(folder))
+    )
+
+
 def _list(split: Path) -> FileSplit:
     paths, labels = [], []
     for label, name in enumerate(class_folders(split)):
-        found = sorted(
-            path
-            for path in (split / name).rglob("*")
-            if path.suffix.lower() in SUFFIXES and not _hidden(path.relative_to(split))
-        )
+        found = _images_below(split / name)
         if not found:
-            endings = " ".join(SUFFIXES)
             raise DataError(
-                f"no images in {split / name}: add some ({endings}), or delete the folder in "
+                f"no images in {split / name}: add some ({_ENDINGS}), or delete the folder in "
                 "both splits"
             )
         paths += found

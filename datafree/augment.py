@@ -13,14 +13,34 @@ def random_crop(x, padding):
 
     Equal in distribution to torchvision's `RandomCrop((H, W), padding)`.
     """
-    n, c, h, w = x.shape
-    padded = F.pad(x, (padding,) * 4)
-    top, left = torch.randint(2 * padding + 1, (2, n, 1), device=x.device)
-    rows = top + torch.arange(h, device=x.device)
-    columns = left + torch.arange(w, device=x.device)
-    image = torch.arange(n, device=x.device)[:, None, None, None]
-    channel = torch.arange(c, device=x.device)[:, None, None]
-    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    top, left = torch.randint(2 * padding + 1, (2, len(x), 1), device=x.device)
+    return _Crop.apply(x, top, left, padding)
+
+
+class _Crop(torch.autograd.Function):
+    """Crop image i of x at top[i], left[i] (N, 1) of the copy padded by `padding`.
+
+    The adjoint of a shift is the opposite shift: a gather again, where autograd's own gradient of
+    an indexed read adds element by element.
+    """
+
+    @staticmethod
+    def forward(ctx, x, top, left, padding):
+        ctx.save_for_backward(top, left)
+        ctx.padding = padding
+        n, c, h, w = x.shape
+        padded = F.pad(x, (padding,) * 4)
+        rows = top + torch.arange(h, device=x.device)
+        columns = left + torch.arange(w, device=x.device)
+        image = torch.arange(n, device=x.device)[:, None, None, None]
+        channel = torch.arange(c, device=x.device)[:, None, None]
+        return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        top, left = ctx.saved_tensors
+        p = ctx.padding
+        return _Crop.apply(gradient, 2 * p - top, 2 * p - left, p), None, None, None
 
 
 def random_flip(x):
@@ -51,11 +71,14 @@ class Transform:
 
     def __call__(self, x, train=False):
         """(N, C, H, W) uint8 -> float32, normalised, channels_last; augmented if `train`."""
-        if train and self.padding:
-            x = random_crop(x, self.padding)
-        if train and self.flip:
-            x = random_flip(x)
+        x = self.augment(x) if train else x
         return self.normalize(x.float() / 255).contiguous(memory_format=torch.channels_last)
+
+    def augment(self, x):
+        """The train transform's random crop and mirroring of images x (N, C, H, W)."""
+        if self.padding:
+            x = random_crop(x, self.padding)
+        return random_flip(x) if self.flip else x
 
     def normalize(self, x):
         """(x - mean) / std for float x (N, C, H, W) in 0..1."""

@@ -28,7 +28,8 @@ from datafree.runtime import UsageError, commit, device_name
 
 # Flags that may differ between a run and its continuation: where, how loud, how long.
 FREE_ON_RESUME = {"resume", "out", "data_root", "device", "gpu", "visdom", "n_epochs", "argv",
-                  "sample_every", "teacher_ckpt", "checkpoints", "evaluate_only", "ckpt"}
+                  "sample_every", "teacher_ckpt", "checkpoints", "evaluate_only", "ckpt",
+                  "export_images", "save_dir", "pool_size", "cmi_init"}
 
 
 def run_folder(args, name):
@@ -153,11 +154,14 @@ class Run:
         with (self.folder / "log.txt").open("a") as file:
             file.write(text + "\n")
 
-    def progress(self, n_epochs, iterations, batch_size):
-        """Open the progress bar of the whole run: images/s, ETA, loss and accuracy."""
-        self.iterations = iterations
-        self.bar = tqdm(total=n_epochs * iterations * batch_size, unit=" images", unit_scale=True,
-                        initial=self.next_epoch * iterations * batch_size, disable=None,
+    def progress(self, iterations, batch_size):
+        """Open the progress bar of the whole run: images/s, ETA, loss and accuracy.
+
+        Args:
+            iterations: of each epoch, a list. batch_size: images of an iteration.
+        """
+        self.bar = tqdm(total=sum(iterations) * batch_size, unit=" images", unit_scale=True,
+                        initial=sum(iterations[:self.next_epoch]) * batch_size, disable=None,
                         dynamic_ncols=True, desc=self.name, smoothing=0.05)
         self.images_per_iteration = batch_size
         self.facts, self.shown = {}, 0.0

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 
-def _wide(x):
+def wide(x):
+    """x in at least float32: half-precision values are widened, float64 stays."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -19,7 +20,7 @@ def one_hot_loss(t_logits):
 
     Small when the teacher is confident about the images.
     """
-    t_logits = _wide(t_logits)
+    t_logits = wide(t_logits)
     return F.cross_entropy(t_logits, t_logits.argmax(1))
 
 
@@ -30,14 +31,14 @@ def information_entropy_loss(t_logits, base=10):
     natural logarithm, its code takes base 10 and the published weights belong to that: base 10
     is the default, `base=math.e` the paper's formula.
     """
-    p = _wide(t_logits).softmax(1).mean(0)
+    p = wide(t_logits).softmax(1).mean(0)
     p = p.clamp_min(torch.finfo(p.dtype).tiny)  # a class that underflows to 0 has no logarithm
     return (p * p.log()).sum() / math.log(base)
 
 
 def activation_loss(t_features):
     """L_a (DAFL, Eq. 4): minus the mean absolute teacher feature before the classifier."""
-    return -_wide(t_features).abs().mean()
+    return -wide(t_features).abs().mean()
 
 
 def kd_loss(s_logits, t_logits, T=1.0):
@@ -46,6 +47,64 @@ def kd_loss(s_logits, t_logits, T=1.0):
     Summed over classes, mean over the batch. Detach the teacher's logits where only the student
     is to learn.
     """
-    log_s = (_wide(s_logits) / T).log_softmax(1)
-    log_t = (_wide(t_logits) / T).log_softmax(1)
+    log_s = (wide(s_logits) / T).log_softmax(1)
+    log_t = (wide(t_logits) / T).log_softmax(1)
     return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * T**2
+
+
+def l1_loss(s_logits, t_logits):
+    """L_1 (DFAD): mean absolute difference of the logits.
+
+    The student minimises it with the teacher's logits detached, the generator maximises it.
+    """
+    return (wide(s_logits) - wide(t_logits)).abs().mean()
+
+
+def decision_adversarial_loss(s_logits, t_logits):
+    """L_adv (CMI, Fast-Datafree): -mean_i [arg-maxes agree] KL(softmax t_i || softmax s_i).
+
+    Small where the student is wrong about how sure the teacher is, but not about the class.
+    Nothing is detached but the mask.
+    """
+    s_logits, t_logits = wide(s_logits), wide(t_logits)
+    agree = (s_logits.argmax(1) == t_logits.argmax(1)).to(t_logits.dtype)
+    log_s, log_t = s_logits.log_softmax(1), t_logits.log_softmax(1)
+    kl = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1)
+    return -(kl * agree).mean()
+
+
+def js_loss(s_logits, t_logits, T=3.0):
+    """Jensen-Shannon divergence of the softmaxes at temperature T (DeepInversion).
+
+    As published, the probabilities and their mean are clamped to 0.01..0.99.
+    """
+    p, q = ((wide(x) / T).softmax(1) for x in (s_logits, t_logits))
+    log_p, log_q = p.clamp(0.01, 0.99).log(), q.clamp(0.01, 0.99).log()
+    m = ((p + q) / 2).clamp(0.01, 0.99)
+    return sum(F.kl_div(x, m, reduction="batchmean") for x in (log_p, log_q)) / 2
+
+
+def total_variation(x):
+    """L_tv (DeepInversion, as Fast-Datafree computes it) of images x (N, C, H, W).
+
+    The mean absolute difference of neighbours, summed over the four directions.
+    """
+    return sum((a - b).abs().mean() for a, b in (
+        (x[..., :-1], x[..., 1:]), (x[:, :, :-1], x[:, :, 1:]),
+        (x[:, :, 1:, :-1], x[:, :, :-1, 1:]), (x[:, :, :-1, :-1], x[:, :, 1:, 1:])))
+
+
+def contrastive_loss(local, others, T, batch_size):
+    """L_cr (CMI) of unit vectors: view i of an image against the other view of each.
+
+    Args:
+        local, others: (N, D), rows of unit length: the batch, then rows of the memory bank. The
+            other view is detached here.
+        T: temperature. batch_size: how many rows are the batch; the mean over these and the mean
+            over the bank's rows are added.
+    """
+    logits = local @ others.detach().t() / T
+    loss = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device),
+                           reduction="none")
+    batch, bank = loss.split([batch_size, len(loss) - batch_size])
+    return batch.mean() + bank.mean() if len(bank) else batch.mean()

@@ -26,7 +26,7 @@ def published(dataset, methods, teacher=None, student=None):
         teacher, student: registry names, or None for any.
 
     Returns:
-        a list of {"source", "table", "value"} without repetitions, in the tables' order.
+        a list of {"source", "table", "method", "value"} without repetitions, in the tables' order.
     """
     with TABLES.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -39,7 +39,8 @@ def published(dataset, methods, teacher=None, student=None):
             and (student is None or row["student"] in NETWORKS.get(student, ()))
             and row["value"].replace(".", "", 1).isdigit()
         ):
-            cell = {"source": row["source"], "table": row["table"], "value": float(row["value"])}
+            cell = {"source": row["source"], "table": row["table"], "method": row["method"],
+                    "value": float(row["value"])}
             if cell not in cells:
                 cells.append(cell)
     return cells
@@ -52,5 +53,6 @@ def published_classifier(dataset, model):
 
 
 def describe(cells):
-    """'98.91 (DAFL Table 1), 98.90 (DFAD Table 2)', or 'none'."""
-    return ", ".join(f"{c['value']:.2f} ({c['source']} {c['table']})" for c in cells) or "none"
+    """'98.91 (DAFL Table 1: Teacher), 98.90 (DFAD Table 2: Teacher)', or 'none'."""
+    return ", ".join(f"{c['value']:.2f} ({c['source']} {c['table']}: {c['method']})"
+                     for c in cells) or "none"

@@ -3,10 +3,12 @@
 import argparse
 import ctypes
 import errno
+import math
 import platform
 import subprocess
 import sys
 import textwrap
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,6 +214,51 @@ def setup(args):
         raise UsageError(f"--precision bf16: {device_name(device)} has no bfloat16 arithmetic: "
                          "use --precision fp32 (auto chooses it here)")
     return Runtime(device, precision)
+
+
+class Stopwatch:
+    """Adds up the time of its `with` blocks, on a GPU without waiting for it; resumable."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+        self.total, self.open = 0.0, []
+
+    def _now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self):
+        self.open.append([self._now()])
+
+    def __exit__(self, *error):
+        self.open[-1].append(self._now())
+
+    def seconds(self):
+        if self.open and self.cuda:
+            torch.cuda.synchronize()
+        for start, *end in self.open:
+            for stop in end:  # none for a block that is still open
+                self.total += start.elapsed_time(stop) / 1000 if self.cuda else stop - start
+        self.open.clear()
+        return self.total
+
+    def state_dict(self):
+        return {"seconds": self.seconds()}
+
+    def load_state_dict(self, state):
+        self.total = state["seconds"]
+
+
+def cosine_at(epoch, lr, n_epochs, lowest):
+    """Cosine schedule (Loshchilov and Hutter 2017) from lr at epoch 0 to `lowest` at n_epochs.
+
+    Before epoch 0 it is lr. A rate that starts below `lowest` stays.
+    """
+    lowest = min(lr, lowest)
+    return lowest + (lr - lowest) * (1 + math.cos(math.pi * max(0, epoch) / n_epochs)) / 2
 
 
 def lr_at(epoch, lr, n_epochs, milestones=(), gamma=0.1):

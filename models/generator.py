@@ -210,7 +210,7 @@ class FastGenerator(Generator):
             UpsampleConv2d(2 * ngf, ngf, bias=False),
             nn.BatchNorm2d(ngf),
             _leaky(),
-            nn.Conv2d(ngf, channels, 3, padding=1),
+            ToImage(ngf, channels),
             nn.Sigmoid(),
         )
 
@@ -238,7 +238,7 @@ class GeneratorB(Generator):
                 nn.BatchNorm2d(after),
                 _leaky(),
             ]
-        self.main = nn.Sequential(*layers, nn.Conv2d(ngf, channels, 3, padding=1), last())
+        self.main = nn.Sequential(*layers, ToImage(ngf, channels), last())
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                 nn.init.normal_(m.weight, std=0.02)
@@ -272,7 +272,7 @@ class DeepGenerator(Generator):
                 _leaky(),
             ]
         self.conv_blocks = nn.Sequential(
-            *layers, nn.Conv2d(ngf, channels, 3, padding=1), nn.Sigmoid()
+            *layers, ToImage(ngf, channels), nn.Sigmoid()
         )
 
     def latents(self, n, device=None, generator=None):

@@ -13,12 +13,14 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """A folder with a quickly trained LeNet-5 for the digits, as teacher_train.py leaves it."""
+    """A folder with a LeNet-5 and a ResNet-8, which has BatchNorm, quickly trained on the digits,
+    as teacher_train.py leaves them."""
     out = tmp_path_factory.mktemp("teacher")
     folder = out / "checkpoints"
-    teacher_train.main(teacher_train.parse_args(
-        ["--dataset", "digits", "--n_epochs", "3", "--out", str(out), "--checkpoints", str(folder)]
-    ))
+    for model, epochs in (("lenet5", "3"), ("resnet8", "1")):
+        teacher_train.main(teacher_train.parse_args(
+            ["--dataset", "digits", "--model", model, "--n_epochs", epochs, "--out", str(out),
+             "--checkpoints", str(folder)]))
     return folder
 
 

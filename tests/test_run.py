@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from PIL import Image
 
 import DAFL_train
+import datafree_kd
 import teacher_train
 import vanilla_kd
 from data import DataError
@@ -21,20 +23,44 @@ from datafree import checkpoint
 from datafree.runtime import cli
 
 ROOT = Path(__file__).parent.parent
-SHORT = {
-    DAFL_train: ("--batch_size", "16", "--iterations", "4", "--n_epochs", "4", "--nz", "4",
-                 "--milestones", "0.5", "--sample_every", "2"),
-    teacher_train: ("--batch_size", "128", "--n_epochs", "4", "--recipe", "dafl"),
-    vanilla_kd: ("--batch_size", "128", "--n_epochs", "4", "--transfer_set", "noise"),
+
+
+class Case(NamedTuple):
+    """A short run of a script: its flags, and the folder that it writes."""
+
+    script: object
+    flags: tuple
+    folder: str
+
+
+def datafree(method, *flags):
+    return Case(datafree_kd, (
+        "--batch_size", "16", "--synthesis_batch_size", "16", "--ep_steps", "4", "--n_epochs", "4",
+        "--warmup", "1", "--lr", "0.01", "--sample_every", "2", "--teacher", "resnet8",
+        "--student", "resnet8", "--method", method, "--g_steps", "2", *flags),
+        f"datafree_kd-digits-resnet8-resnet8-{method}" + "2" * (method == "fast_meta"))
+
+
+SMALL_GENERATOR = ("--nz", "8", "--ngf", "8")
+DAFL = Case(DAFL_train, ("--batch_size", "16", "--iterations", "4", "--n_epochs", "4", "--nz", "4",
+                         "--milestones", "0.5", "--sample_every", "2"),
+            "DAFL_train-digits-lenet5-lenet5_half")
+CASES = {
+    "DAFL_train": DAFL,
+    "teacher_train": Case(teacher_train, ("--batch_size", "128", "--n_epochs", "4", "--recipe",
+                                          "dafl"), "teacher_train-digits-lenet5"),
+    "vanilla_kd": Case(vanilla_kd, ("--batch_size", "128", "--n_epochs", "4", "--transfer_set",
+                                    "noise"), "vanilla_kd-digits-lenet5-lenet5_half-noise"),
+    "fast_meta": datafree("fast_meta", *SMALL_GENERATOR),
+    "cmi": datafree("cmi", *SMALL_GENERATOR, "--bank_size", "40", "--n_neg", "8"),
+    "deepinv": datafree("deepinv"),
+    "dfq": datafree("dfq", *SMALL_GENERATOR, "--kd_steps", "2"),
 }
-FOLDERS = {DAFL_train: "DAFL_train-digits-lenet5-lenet5_half",
-           teacher_train: "teacher_train-digits-lenet5",
-           vanilla_kd: "vanilla_kd-digits-lenet5-lenet5_half-noise"}
 
 
-def command(script, out, checkpoints, *flags):
-    folder = out / "checkpoints" if script is teacher_train else checkpoints
-    return [*SHORT[script], "--out", str(out), "--checkpoints", str(folder), *flags]
+def command(case, out, checkpoints, *flags):
+    folder = out / "checkpoints" if case.script is teacher_train else checkpoints
+    return [*case.flags, "--out", str(out), "--checkpoints", str(folder), *flags]
 
 
 def run(script, *argv):
@@ -49,29 +75,30 @@ def equal(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def states(out, script):
-    content = checkpoint.read(out / FOLDERS[script] / "last.pt")
-    return content["state_dict"], content["run"]["states"], content["run"]["rng"], content["epoch"]
+def states(out, case):
+    content = checkpoint.read(out / case.folder / "last.pt")
+    states = {k: v for k, v in content["run"]["states"].items() if k != "timer"}
+    return content["state_dict"], states, content["run"]["rng"], content["epoch"]
 
 
-def rows(out, script):
-    with (out / FOLDERS[script] / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in r.items() if k != "seconds"} for r in csv.DictReader(file)]
+def rows(out, case):
+    with (out / case.folder / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in r.items() if "seconds" not in k} for r in csv.DictReader(file)]
 
 
-@pytest.fixture(scope="module", params=SHORT, ids=lambda s: s.__name__)
+@pytest.fixture(scope="module", params=CASES)
 def whole(request, tmp_path_factory, checkpoints):
-    """A script, and the folder of a run of it that nobody stopped."""
-    out = tmp_path_factory.mktemp("whole")
-    run(request.param, *command(request.param, out, checkpoints))
-    return request.param, out
+    """A case, and the folder of a run of it that nobody stopped."""
+    out, case = tmp_path_factory.mktemp("whole"), CASES[request.param]
+    run(case.script, *command(case, out, checkpoints))
+    return case, out
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2, 3])
 def test_resume_after_any_epoch_is_bit_identical(whole, stop, tmp_path, checkpoints, monkeypatch,
                                                  capsys):
-    script, out = whole
-    train_epoch, calls = script.train_epoch, []
+    case, out = whole
+    train_epoch, calls = case.script.train_epoch, []
 
     def interrupted(*args):
         calls.append(1)
@@ -80,46 +107,46 @@ def test_resume_after_any_epoch_is_bit_identical(whole, stop, tmp_path, checkpoi
             raise KeyboardInterrupt
         return result
 
-    argv = command(script, tmp_path, checkpoints)
+    argv = command(case, tmp_path, checkpoints)
     with monkeypatch.context() as patch:
-        patch.setattr(script, "train_epoch", interrupted)
+        patch.setattr(case.script, "train_epoch", interrupted)
         with pytest.raises(SystemExit) as end:
-            cli(script.main, lambda: script.parse_args(argv), DataError)
+            cli(case.script.main, lambda: case.script.parse_args(argv), DataError)
     assert end.value.code == 130 and "--resume" in capsys.readouterr().err
-    run(script, *argv, "--resume")
-    assert equal(states(tmp_path, script), states(out, script))
-    assert rows(tmp_path, script) == rows(out, script)
-    assert equal(checkpoint.read(tmp_path / FOLDERS[script] / "best.pt"),
-                 checkpoint.read(out / FOLDERS[script] / "best.pt"))
+    run(case.script, *argv, "--resume")
+    assert equal(states(tmp_path, case), states(out, case))
+    assert rows(tmp_path, case) == rows(out, case)
+    assert equal(checkpoint.read(tmp_path / case.folder / "best.pt"),
+                 checkpoint.read(out / case.folder / "best.pt"))
 
 
 def test_resume_after_a_kill_in_mid_epoch_is_bit_identical(tmp_path, checkpoints):
     def argv(out):
         return [sys.executable, str(ROOT / "DAFL_train.py"),
-                *command(DAFL_train, out, checkpoints, "--iterations", "30")]
+                *command(DAFL, out, checkpoints, "--iterations", "30")]
 
     subprocess.run(argv(tmp_path / "whole"), check=True, capture_output=True)
     process = subprocess.Popen(argv(tmp_path / "killed"), stdout=subprocess.DEVNULL)
-    metrics = tmp_path / "killed" / FOLDERS[DAFL_train] / "metrics.csv"
+    metrics = tmp_path / "killed" / DAFL.folder / "metrics.csv"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
         assert process.poll() is None
         time.sleep(0.01)
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert states(tmp_path / "killed", DAFL_train)[3] < 3
+    assert states(tmp_path / "killed", DAFL)[3] < 3
     subprocess.run([*argv(tmp_path / "killed"), "--resume"], check=True, capture_output=True)
-    assert equal(states(tmp_path / "killed", DAFL_train), states(tmp_path / "whole", DAFL_train))
+    assert equal(states(tmp_path / "killed", DAFL), states(tmp_path / "whole", DAFL))
 
 
 def test_folder_holds_what_it_should(whole):
-    script, out = whole
-    folder = out / FOLDERS[script]
+    case, out = whole
+    folder = out / case.folder
     names = {p.name for p in folder.iterdir()}
     assert {"args.json", "metrics.csv", "log.txt", "last.pt", "best.pt", "accuracy.png",
             "result.json", "samples"} <= names
     assert not [n for n in names if n.endswith(".tmp")]
-    record = rows(out, script)
+    record = rows(out, case)
     assert [r["epoch"] for r in record] == ["1", "2", "3", "4"]
     result = json.loads((folder / "result.json").read_text())
     accuracies = [float(r["accuracy"]) for r in record]
@@ -128,70 +155,71 @@ def test_folder_holds_what_it_should(whole):
     for key in ("seed", "command", "commit", "versions", "hardware", "seconds", "fingerprint",
                 "precision", "dataset", "published"):
         assert key in result
-    assert result["command"].startswith(f"python {script.__name__}.py --batch_size ")
+    assert result["command"].startswith(f"python {case.script.__name__}.py --batch_size ")
     assert Image.open(folder / "accuracy.png").size[0] > 400
     assert (folder / "log.txt").read_text().count("[Eval] Epoch=") == 4
 
 
 def test_best_weights_score_what_the_record_says(whole, checkpoints, capsys):
-    script, out = whole
-    argv = command(script, out, checkpoints)
-    result = json.loads((out / FOLDERS[script] / "result.json").read_text())
-    assert run(script, *argv, "--evaluate_only")["accuracy"] == result["best"]
-    last = str(out / FOLDERS[script] / "last.pt")
-    assert run(script, *argv, "--evaluate_only", "--ckpt", last)["accuracy"] == result["last"]
+    case, out = whole
+    argv = command(case, out, checkpoints)
+    result = json.loads((out / case.folder / "result.json").read_text())
+    assert run(case.script, *argv, "--evaluate_only")["accuracy"] == result["best"]
+    last = str(out / case.folder / "last.pt")
+    assert run(case.script, *argv, "--evaluate_only", "--ckpt", last)["accuracy"] == result["last"]
     assert f"Acc@1={result['last']:.2f}" in capsys.readouterr().out
 
 
 def test_teacher_for_distillation_is_the_best_epoch(whole, checkpoints):
-    script, out = whole
-    if script is teacher_train:
+    case, out = whole
+    if case.script is teacher_train:
         assert equal(checkpoint.read(out / "checkpoints" / "digits-lenet5.pt"),
-                     checkpoint.read(out / FOLDERS[script] / "best.pt"))
+                     checkpoint.read(out / case.folder / "best.pt"))
 
 
 def test_generated_images_are_written(whole):
-    script, out = whole
-    if script is DAFL_train:
-        samples = sorted((out / FOLDERS[script] / "samples").iterdir())
+    case, out = whole
+    if case.script is not teacher_train and case.script is not vanilla_kd:
+        samples = sorted((out / case.folder / "samples").iterdir())
         assert [p.name for p in samples] == ["epoch0002.png", "epoch0004.png"]
         image = Image.open(samples[0])
         dark, bright = image.convert("L").getextrema()
-        assert image.size == (8 * 34 + 2, 8 * 34 + 2) and bright - dark > 50
+        columns = 8 if case.script is DAFL_train or case.folder.endswith("dfq") else 5
+        assert image.size[0] == columns * 34 + 2 and bright - dark > 50
 
 
 def test_seed_decides_the_run(whole, tmp_path, checkpoints):
-    script, out = whole
-    argv = command(script, tmp_path, checkpoints, "--n_epochs", "1")
-    first = run(script, *argv)["last"], states(tmp_path, script)[0]
-    again = run(script, *argv)["last"], states(tmp_path, script)[0]
-    other = run(script, *argv, "--seed", "1")["last"], states(tmp_path, script)[0]
+    case, out = whole
+    argv = command(case, tmp_path, checkpoints, "--n_epochs", "2")
+    first = run(case.script, *argv)["last"], states(tmp_path, case)[0]
+    again = run(case.script, *argv)["last"], states(tmp_path, case)[0]
+    other = run(case.script, *argv, "--seed", "1")["last"], states(tmp_path, case)[0]
     assert equal(first, again) and not equal(first[1], other[1])
 
 
 def test_earlier_run_is_set_aside(whole, tmp_path, checkpoints):
-    script, _ = whole
-    argv = command(script, tmp_path, checkpoints, "--n_epochs", "1")
+    case, _ = whole
+    argv = command(case, tmp_path, checkpoints, "--n_epochs", "2")
     for _ in range(3):
-        run(script, *argv)
+        run(case.script, *argv)
     folders = {p.name for p in tmp_path.iterdir()} - {"checkpoints"}
-    assert folders == {FOLDERS[script] + end for end in ("", ".1", ".2")}
+    assert folders == {case.folder + end for end in ("", ".1", ".2")}
 
 
 def test_resume_with_other_flags_is_refused(whole, tmp_path, checkpoints, refused):
-    script, _ = whole
-    argv = command(script, tmp_path, checkpoints, "--n_epochs", "1")
-    run(script, *argv)
-    before = (tmp_path / FOLDERS[script] / "last.pt").read_bytes()
-    error = refused(script, *argv, "--resume", "--seed", "5")
+    case, _ = whole
+    argv = command(case, tmp_path, checkpoints, "--n_epochs", "2")
+    run(case.script, *argv)
+    before = (tmp_path / case.folder / "last.pt").read_bytes()
+    error = refused(case.script, *argv, "--resume", "--seed", "5")
     assert "--seed was 0" in error
-    assert (tmp_path / FOLDERS[script] / "last.pt").read_bytes() == before
+    assert (tmp_path / case.folder / "last.pt").read_bytes() == before
 
 
 def test_resume_of_a_damaged_checkpoint_is_refused(tmp_path, checkpoints, refused):
-    argv = command(DAFL_train, tmp_path, checkpoints, "--n_epochs", "1")
+    argv = command(DAFL, tmp_path, checkpoints, "--n_epochs", "2")
     run(DAFL_train, *argv)
-    last = tmp_path / FOLDERS[DAFL_train] / "last.pt"
+    last = tmp_path / DAFL.folder / "last.pt"
     last.write_bytes(last.read_bytes()[:1000])
     assert "damaged" in refused(DAFL_train, *argv, "--resume")
 
@@ -199,8 +227,8 @@ def test_resume_of_a_damaged_checkpoint_is_refused(tmp_path, checkpoints, refuse
 @pytest.mark.parametrize("what", ["loss", "weights"])
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(whole, what, tmp_path, checkpoints,
                                                               refused, monkeypatch):
-    script, out = whole
-    train_epoch, calls = script.train_epoch, []
+    case, out = whole
+    train_epoch, calls = case.script.train_epoch, []
 
     def broken(*args):
         calls.append(1)
@@ -215,12 +243,12 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(whole, what, tmp_p
             return {**result, "loss_kd": torch.tensor(float("nan"))}
         return torch.tensor(float("inf"))
 
-    monkeypatch.setattr(script, "train_epoch", broken)
-    error = refused(script, *command(script, tmp_path, checkpoints))
+    monkeypatch.setattr(case.script, "train_epoch", broken)
+    error = refused(case.script, *command(case, tmp_path, checkpoints))
     assert "NaN or infinite in epoch 3" in error and "last.pt" in error
-    state, _, _, epoch = states(tmp_path, script)
+    state, _, _, epoch = states(tmp_path, case)
     assert epoch == 1 and all(t.isfinite().all() for t in state.values())
-    assert len(rows(tmp_path, script)) == 2
+    assert len(rows(tmp_path, case)) == 2
 
 
 def test_full_disk_keeps_what_is_saved(tmp_path, checkpoints, refused, monkeypatch):
@@ -234,18 +262,18 @@ def test_full_disk_keeps_what_is_saved(tmp_path, checkpoints, refused, monkeypat
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", full)
-    argv = command(DAFL_train, tmp_path, checkpoints)
+    argv = command(DAFL, tmp_path, checkpoints)
     assert "No space left" in refused(DAFL_train, *argv)
     monkeypatch.setattr(os, "fsync", fsync)
-    assert states(tmp_path, DAFL_train)[3] in (0, 1)
+    assert states(tmp_path, DAFL)[3] in (0, 1)
     run(DAFL_train, *argv, "--resume")
-    assert len(rows(tmp_path, DAFL_train)) == 4
+    assert len(rows(tmp_path, DAFL)) == 4
 
 
 def test_losses_fall_on_digits(tmp_path, checkpoints):
     run(DAFL_train, "--batch_size", "64", "--iterations", "15", "--n_epochs", "4", "--out",
         str(tmp_path), "--checkpoints", str(checkpoints), "--tag", "falls", "--nz", "16")
-    with (tmp_path / (FOLDERS[DAFL_train] + "-falls") / "metrics.csv").open() as file:
+    with (tmp_path / (DAFL.folder + "-falls") / "metrics.csv").open() as file:
         record = list(csv.DictReader(file))
     assert float(record[-1]["loss_G"]) < float(record[0]["loss_G"])
     assert float(record[-1]["accuracy"]) > 25  # of ten classes

@@ -1,0 +1,103 @@
+"""The generator families of DAFL, DFAD, ZSKT and DFQ, as Fast-Datafree compares them."""
+
+import math
+
+import torch
+
+from datafree.losses import (
+    activation_loss,
+    information_entropy_loss,
+    kd_loss,
+    l1_loss,
+    one_hot_loss,
+    wide,
+)
+
+from .base import Synthesizer, adam
+
+
+class Generative(Synthesizer):
+    """One generator, trained through the whole run; the student sees fresh images of it.
+
+    It minimises  bn L_bn + oh L_oh + act L_act - adv D(s, t) + balance sum_c p_c log p_c,  with
+    the last term DAFL's L_ie in natural logarithms and D the mean absolute difference of the logits
+    (`criterion` "l1") or KL(t || s) ("kl").
+
+    The published code hands the teacher in as the student, so that D is always 0; with
+    `as_published` that is so here.
+    """
+
+    settings = ("synthesis_batch_size", "g_steps", "lr_g", "bn", "oh", "act", "adv", "balance",
+                "criterion", "as_published")
+    pooled = False
+    published_T = 1.0
+
+    def __init__(self, *networks, **settings):
+        super().__init__(*networks, **settings)
+        self.optimizer = adam((self.generator.parameters(), self.lr_g))
+        self.distance = l1_loss if self.criterion == "l1" else kd_loss
+        self.opponent = self.teacher if self.as_published else self.student
+
+    def synthesize(self, adversarial, tick):
+        for _ in range(self.g_steps):
+            losses = self.step(self.latents(), adversarial)
+            loss = self.weigh(losses)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            tick(loss.detach())
+        return {k: v.detach() for k, v in losses.items()}
+
+    def step(self, z, adversarial):
+        """The losses of weight above 0 on the images of latents z (N, nz), by name."""
+        with self.runtime.autocast():
+            x = self.normalized(z)
+            with self.hooks:
+                t_logits, t_features = self.teacher(x, return_features=True)
+            s_logits = self.opponent(x) if self.adv and adversarial else None
+        losses = {}
+        if self.bn:
+            losses["loss_bn"] = self.hooks.loss()
+        if self.oh:
+            losses["loss_oh"] = one_hot_loss(t_logits)
+        if self.act:
+            losses["loss_act"] = activation_loss(t_features)
+        if self.balance:
+            losses["loss_balance"] = information_entropy_loss(t_logits, math.e)
+        if s_logits is not None:
+            losses["loss_adv"] = -self.distance(s_logits, t_logits)
+        return losses
+
+    def normalized(self, z):
+        """The generator's images of latents z, normalised."""
+        x = self.transform.normalize(wide(self.generator(z)))
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def sample(self, n, batch_size):
+        """n batches of fresh normalised images (batch_size, C, H, W).
+
+        The generator stays in train mode, as published.
+        """
+        for _ in range(n):
+            z = self.generator.latents(batch_size, device=self.runtime.device)
+            with self.runtime.autocast():
+                x = self.normalized(z)
+            yield x
+
+    @torch.no_grad()
+    def pictures(self, n):
+        """Images of n latents that stay the same through a run, by the running statistics."""
+        seed = torch.Generator().manual_seed(0)
+        z = self.generator.latents(n, generator=seed).to(self.runtime.device)
+        x = self.generator.eval()(z)
+        self.generator.train()
+        return x
+
+    def state_dict(self):
+        return {"generator": self.generator.state_dict(),
+                "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state):
+        self.generator.load_state_dict(state["generator"])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -1,10 +1,14 @@
-"""Times the steps of DAFL in the published way and in ours, in turn in one run.
+"""Times the steps of DAFL and Fast-Datafree in the published way and in ours, in turn in one run.
 
-    python bench.py                       # LeNet-5, MNIST size, batch 512
-    python bench.py --setting cifar10     # ResNet-34 -> ResNet-18
+    python bench.py                       # DAFL: LeNet-5, MNIST size, batch 512
+    python bench.py --setting cifar10     # DAFL: ResNet-34 -> ResNet-18
+    python bench.py --setting fast_wrn    # fast_meta: WRN-40-2 -> WRN-16-1, batch 256
+    python bench.py --setting fast_resnet # fast_meta: ResNet-34 -> ResNet-18, batch 256
 
 The published way is float32, NCHW, eager, with upsampling and convolution apart and the C
-library's own treatment of freed memory; ours is what DAFL_train.py does on this device. Both run
+library's own treatment of freed memory; for fast_meta, synthetic images are also written as PNG
+files and read back by four worker processes through PIL. Ours is what the script does on this
+device. A round of synthesis is Fast-2: two updates make a batch, which goes to the pool. Both run
 the same functions on the same networks, each in a process of its own, as memory that one keeps
 would speed up or slow down the other; blocks of steps alternate between the two, so that a machine
 whose speed drifts drifts for both. A block's figure is its mean, reported are the medians over
@@ -16,15 +20,23 @@ matrix product reaches in the same precision. Peak memory is the process's (on a
 import json
 import resource
 import statistics
+import tempfile
 import time
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from PIL import Image
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
 
 import DAFL_train
+import datafree_kd
+from data import SOURCES
+from datafree.augment import Transform
 from datafree.losses import activation_loss, information_entropy_loss, kd_loss, one_hot_loss
+from datafree.pool import ImagePool
 from datafree.runtime import (
     Parser,
     Runtime,
@@ -36,18 +48,24 @@ from datafree.runtime import (
     number,
     setup,
 )
+from datafree.synthesis import Fast
 from models import get_generator, get_model, set_folded
 
-SETTINGS = {"mnist": (512, 1), "cifar10": (256, 3)}  # batch and channels; the rest is DAFL's
+CIFAR10 = SOURCES["cifar10"]
+
+# Batch and channels; the rest is the script's.
+SETTINGS = {"mnist": (512, 1), "cifar10": (256, 3), "fast_wrn": (256, 3), "fast_resnet": (256, 3)}
+PAIRS = {"fast_wrn": ("wrn40_2", "wrn16_1"), "fast_resnet": ("resnet34", "resnet18")}
+POOL = 10240  # images in the pool of fast_meta: a run's has 256 to 56,320
 WAYS = ("published", "ours")
 
 
 def parse_args(argv=None):
     p = Parser(__doc__)
     p.add_argument("--setting", choices=SETTINGS, default="mnist", help="(default: %(default)s)")
-    p.add_argument("--batch_size", type=number(int, 2), help="(default: 512; cifar10: 256)")
+    p.add_argument("--batch_size", type=number(int, 2), help="(default: 512; others: 256)")
     p.add_argument("--steps", type=number(int, 1), default=4,
-                   help="steps of a block (default: %(default)s)")
+                   help="steps of a block; of rounds one (default: %(default)s)")
     p.add_argument("--repeats", type=number(int, 2), default=5,
                    help="blocks of each way (default: %(default)s)")
     p.add_argument("--json", metavar="FILE", help="write the figures there too")
@@ -115,8 +133,87 @@ class Way:
                                 self.runtime.autocast)
 
 
-STEPS = {"generator + teacher": Way.generator_step, "student": Way.student_step,
-         "whole DAFL step": Way.whole_step}
+class PngPool:
+    """The published pool: PNG files, read back by worker processes through PIL."""
+
+    def __init__(self, transform):
+        self.temporary = tempfile.TemporaryDirectory()  # lives as long as the pool
+        self.folder, self.count = Path(self.temporary.name), 0
+        self.transform = transforms.Compose([
+            transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(), transforms.Normalize(transform.mean, transform.std)])
+
+    def add(self, images):
+        images = (images.detach().clamp(0, 1) * 255).to(torch.uint8)
+        for image in images.permute(0, 2, 3, 1).cpu().numpy():
+            Image.fromarray(image).save(self.folder / f"{self.count}.png")
+            self.count += 1
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        with Image.open(self.folder / f"{i}.png") as image:
+            return self.transform(image.convert("RGB"))
+
+    def sample(self, batch_size, device):
+        while True:
+            for x in DataLoader(self, batch_size, shuffle=True, num_workers=4,
+                                pin_memory=device.type == "cuda"):
+                yield x.to(device)
+
+
+class FastWay:
+    """The same for fast_meta."""
+
+    def __init__(self, name, args, runtime):
+        ours = name == "ours"
+        if runtime.device.type == "cpu":
+            keep_memory(ours)
+        self.runtime = runtime if ours else Runtime(runtime.device, "fp32")
+        teacher, student = PAIRS[args.setting]
+        self.args = datafree_kd.parse_args([
+            "--dataset", "cifar10", "--method", "fast_meta", "--teacher", teacher, "--student",
+            student, "--g_steps", "2", "--synthesis_batch_size", str(args.batch_size),
+            "--kd_steps", "1"])
+        torch.manual_seed(0)
+        self.teacher = get_model(teacher).eval().requires_grad_(False)
+        self.student = get_model(student)
+        generator = set_folded(get_generator("fast", self.args.nz), ours)
+        for network in (self.teacher, self.student, generator):
+            network.to(runtime.device)
+            if ours:
+                self.runtime.place(network)
+        transform = Transform(CIFAR10.mean, CIFAR10.std, padding=4, flip=True)
+        pool = ImagePool((3, 32, 32), runtime.device, "unsaved") if ours else PngPool(transform)
+        pool.add(torch.rand(POOL, 3, 32, 32))
+        self.synthesizer = Fast(
+            self.teacher, self.student, generator, transform, (3, 32, 32), 10, self.runtime, pool,
+            **{k: getattr(self.args, k) for k in Fast.settings})
+        self.optimizer = make_optimizer("sgd", self.student.parameters(), 0.1, 1e-4)
+        self.batches = self.synthesizer.sample(10**9, args.batch_size) if ours \
+            else pool.sample(args.batch_size, runtime.device)
+
+    def round(self):
+        """A batch for the pool, as in mid-run: with the adversarial term."""
+        self.student.eval().requires_grad_(False)
+        self.synthesizer.synthesize(True, lambda loss: None)
+
+    def student_step(self):
+        """A batch from the pool, teacher, student and update."""
+        self.student.train().requires_grad_(True)
+        datafree_kd.distill([next(self.batches)], self.teacher, self.student, self.optimizer,
+                            self.args, self.runtime, lambda loss: None)
+
+
+DAFL_STEPS = {"generator + teacher": Way.generator_step, "student": Way.student_step,
+              "whole DAFL step": Way.whole_step}
+FAST_STEPS = {"Fast-2 round": FastWay.round, "student step": FastWay.student_step}
+
+
+def steps_of(setting):
+    """The class of a setting's ways and its steps by name."""
+    return (FastWay, FAST_STEPS) if setting in PAIRS else (Way, DAFL_STEPS)
 
 
 def synchronize(device):
@@ -142,11 +239,15 @@ def matmul_peak(runtime):
 def serve(name, args, pipe):
     """The process of one way: answers (question, label) with a number until it is told "stop"."""
     runtime = setup(args)
-    way = Way(name, args, runtime)
+    kind_of_way, steps = steps_of(args.setting)
+    way = kind_of_way(name, args, runtime)
     kind = None
     while kind != "stop":
-        kind, label = pipe.recv()
-        step = STEPS.get(label)
+        try:
+            kind, label = pipe.recv()
+        except EOFError:  # the main process is gone
+            return
+        step = steps.get(label)
         if kind == "peak":
             answer = matmul_peak(way.runtime)
         elif kind == "work":
@@ -154,13 +255,14 @@ def serve(name, args, pipe):
                 step(way)
             answer = counter.get_total_flops()
         elif kind == "seconds":
+            count = 1 if "round" in label else args.steps
             step(way)
             synchronize(runtime.device)
             start = time.perf_counter()
-            for _ in range(args.steps):
+            for _ in range(count):
                 step(way)
             synchronize(runtime.device)
-            answer = (time.perf_counter() - start) / args.steps
+            answer = (time.perf_counter() - start) / count
         elif runtime.device.type == "cuda":
             answer = torch.cuda.max_memory_allocated()
         else:
@@ -174,7 +276,8 @@ def main(args):
     context, ask = get_context("spawn"), {}
     for name in WAYS:
         pipe, far = context.Pipe()
-        context.Process(target=serve, args=(name, args, far), daemon=True).start()
+        context.Process(target=serve, args=(name, args, far)).start()
+        far.close()
 
         def question(kind, label=None, pipe=pipe):
             pipe.send((kind, label))
@@ -190,7 +293,7 @@ def main(args):
           f"{'':20} {'published':>10} {'ours':>10} {'ratio (min-max)':>20} {'published':>10} "
           f"{'ours':>10}")
     figures = {}
-    for label in STEPS:
+    for label in steps_of(args.setting)[1]:
         seconds = {name: [] for name in WAYS}
         work = {name: ask[name]("work", label) for name in WAYS}  # the first calls, not counted
         for name in (*WAYS, *WAYS):

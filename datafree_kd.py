@@ -76,12 +76,12 @@ from datafree.runtime import (
 )
 from models import GENERATORS, MODELS, agree_on_size, get_generator, get_model
 
-STUDENT = dict(epochs=200, warmup=0, ep_steps=400, kd_steps=400, batch_size=256,
+STUDENT = dict(n_epochs=200, warmup=0, ep_steps=400, kd_steps=400, batch_size=256,
                synthesis_batch_size=256, lr=0.1, weight_decay=1e-4, criterion="kl", T=20.0)
 GENERATOR = dict(generator="fast", nz=256, ngf=64)
 GENERATIVE = STUDENT | GENERATOR | dict(kd_steps=5, g_steps=1, lr_g=1e-3, adv=0.0, bn=0.0, oh=0.0,
                                         act=0.0, balance=0.0)
-FAST = STUDENT | GENERATOR | dict(epochs=220, warmup=20, lr=0.2, g_steps=10, lr_z=0.01, lr_g=2e-3,
+FAST = STUDENT | GENERATOR | dict(n_epochs=220, warmup=20, lr=0.2, g_steps=10, lr_z=0.01, lr_g=2e-3,
                                   adv=1.1, bn=10.0, oh=0.4, bn_mmt=0.9, reset_l0=1, reset_bn=0)
 RECIPES = {
     "zskt": GENERATIVE | dict(adv=1.0),
@@ -112,7 +112,7 @@ PAIRS = dict.fromkeys(DATASETS, ("wrn40_2", "wrn16_1")) | {
     "fashion-mnist": ("lenet5", "lenet5_half"), "celeba": ("alexnet", "alexnet_half"),
 }
 # LeNet-5 has no BatchNorm and diverges at the published learning rates.
-GREY = dict(epochs=60, warmup=4, ep_steps=40, lr=0.01)
+GREY = dict(n_epochs=60, warmup=4, ep_steps=40, lr=0.01)
 SMALL = {
     "digits": GREY | dict(batch_size=128, synthesis_batch_size=128),
     "mnist": GREY, "fashion-mnist": GREY,
@@ -133,8 +133,8 @@ def defaults(args):
     recipe |= {k: min(v, recipe[k]) if k != "warmup" else v * bool(recipe[k])
                for k, v in small.items()}
     recipe["kd_steps"] = min(recipe["kd_steps"], args.ep_steps or recipe["ep_steps"])
-    if args.epochs and args.epochs < recipe["epochs"]:
-        recipe["warmup"] = recipe["warmup"] * args.epochs // recipe["epochs"]
+    if args.n_epochs and args.n_epochs < recipe["n_epochs"]:
+        recipe["warmup"] = recipe["warmup"] * args.n_epochs // recipe["n_epochs"]
     return recipe
 
 
@@ -157,7 +157,7 @@ def parse_args(argv=None):
     group = p.add_argument_group("recipe", "left out, each is the recipe's; a flag that the method "
                                  "does not have is refused")
     for flag, kind, text in (
-        ("epochs", count, "epochs of ep_steps"),
+        ("n_epochs", count, "epochs of ep_steps"),
         ("warmup", number(int, 0), "epochs without student steps and adversarial term"),
         ("ep_steps", count, "student steps of an epoch"),
         ("kd_steps", count, "student steps of a round"),
@@ -189,7 +189,7 @@ def parse_args(argv=None):
         ("reset_bn", int, "1: redraw the generator's BatchNorm layers in mid-run"),
     ):
         switch = dict(choices=(0, 1)) if kind is int else dict(metavar="X")
-        names = ("--epochs", "--n_epochs") if flag == "epochs" else (f"--{flag}",)
+        names = ("--n_epochs", "--epochs") if flag == "n_epochs" else (f"--{flag}",)
         group.add_argument(*names, type=kind, help=text, **switch)
     group.add_argument("--criterion", choices=CRITERIA, help="the student's loss: KL at "
                        "temperature T, or mean absolute difference of logits")
@@ -231,8 +231,8 @@ def parse_args(argv=None):
     if args.kd_steps > args.ep_steps:
         p.error(f"--kd_steps {args.kd_steps} does not fit into an epoch of --ep_steps "
                 f"{args.ep_steps}: raise the latter")
-    if args.warmup >= args.epochs:
-        p.error(f"--warmup {args.warmup} leaves none of {args.epochs} epochs to the student: "
+    if args.warmup >= args.n_epochs:
+        p.error(f"--warmup {args.warmup} leaves none of {args.n_epochs} epochs to the student: "
                 "lower it, or raise --epochs")
     if args.cmi_init and family is not synthesis.CMI:
         p.error("--cmi_init is for --method cmi")
@@ -247,13 +247,13 @@ def parse_args(argv=None):
 def train_epoch(epoch, synthesizer, teacher, student, optimizer, args, runtime, timer, tick):
     """args.ep_steps // args.kd_steps rounds; returns the mean of each loss, 0 while it is off."""
     rounds = args.ep_steps // args.kd_steps
-    set_lr(optimizer, cosine_at(epoch - args.warmup, args.lr, args.epochs - args.warmup, 2e-4))
+    set_lr(optimizer, cosine_at(epoch - args.warmup, args.lr, args.n_epochs - args.warmup, 2e-4))
     total = {f"loss_{w}": 0.0 for w in (*WEIGHTS, "kd") if getattr(args, w, True)}
     for i in range(rounds):
         # As published, rounds are counted from 1 here, and the student's epochs from 0.
         clock = epoch * rounds + i + 1 if args.as_published else epoch
         reset = args.warmup + (120 if args.as_published
-                               else round(0.6 * (args.epochs - args.warmup)))
+                               else round(0.6 * (args.n_epochs - args.warmup)))
         if clock == reset and (i == 0 or args.as_published) and (args.reset_l0 or args.reset_bn):
             synthesizer.reset()
         student.eval().requires_grad_(False)
@@ -332,15 +332,15 @@ def main(args):
     synthesis_ticks = args.ep_steps // args.kd_steps * args.g_steps
     student_ticks = args.ep_steps // args.kd_steps * args.kd_steps
     run.progress([synthesis_ticks + student_ticks * (epoch >= args.warmup)
-                  for epoch in range(args.epochs)], args.batch_size)
+                  for epoch in range(args.n_epochs)], args.batch_size)
     card = checkpoint.card(args.student, data, transform)
-    for epoch in range(start, args.epochs):
+    for epoch in range(start, args.n_epochs):
         losses = train_epoch(epoch, synthesizer, teacher, student, optimizer, args, runtime, timer,
                              run.tick)
         accuracy = test_accuracy(student, data, transform, runtime)
         run.end_epoch(epoch, accuracy, losses, student, card,
                       synthesis_seconds=round(timer.seconds(), 3))
-        last = epoch + 1 == args.epochs
+        last = epoch + 1 == args.n_epochs
         if args.sample_every and (last or (epoch + 1) % args.sample_every == 0):
             run.images(f"epoch{epoch + 1:04}", synthesizer.pictures(64))
     result = run.finish(
@@ -348,7 +348,7 @@ def main(args):
         teacher_accuracy=teacher_accuracy, published=cells,
         synthesis_seconds=round(timer.seconds(), 1),
         generated_images=len(pool) if pool else student_ticks * args.batch_size
-        * (args.epochs - args.warmup), fingerprint=data.fingerprint)
+        * (args.n_epochs - args.warmup), fingerprint=data.fingerprint)
     if args.export_images:
         folder = args.save_dir or run.folder / "images"
         run.log(f"images: {pool.export(args.export_images, folder)}")

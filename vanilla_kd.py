@@ -2,8 +2,8 @@
 
     python vanilla_kd.py --dataset mnist --transfer_set original    # "KD original data", KD-ORI
     python vanilla_kd.py --dataset mnist --transfer_set noise       # "Random noise", RANDOM
-    python vanilla_kd.py --dataset mnist --transfer_set svhn        # related or unrelated data:
-    python vanilla_kd.py --dataset mnist --transfer_set my/images   #   KD-REL, KD-UNR, "alternative"
+    python vanilla_kd.py --dataset mnist --transfer_set svhn        # related or unrelated data,
+    python vanilla_kd.py --dataset mnist --transfer_set my/images   #   KD-REL, KD-UNR
     python vanilla_kd.py --dataset mnist --alpha 0.9 --beta 0.1     # with labels: "KD"
     python vanilla_kd.py --dataset mnist --scratch                  # labels only: "Student"
 

@@ -11,6 +11,7 @@ import torch
 
 import bench
 import DAFL_train
+import datafree_kd
 import quickstart
 import teacher_train
 import vanilla_kd
@@ -18,7 +19,7 @@ from datafree import checkpoint, runtime
 from models import get_model
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = [DAFL_train, teacher_train, vanilla_kd]
+SCRIPTS = [DAFL_train, teacher_train, vanilla_kd, datafree_kd]
 PARSERS = [*SCRIPTS, quickstart, bench]
 
 
@@ -27,7 +28,7 @@ class Evil:
         return (os.system, ("touch executed",))
 
 
-@pytest.mark.parametrize("script", [DAFL_train, vanilla_kd])
+@pytest.mark.parametrize("script", [DAFL_train, vanilla_kd, datafree_kd])
 @pytest.mark.parametrize(("content", "words"), [
     (None, "python teacher_train.py --dataset digits --model lenet5"),
     ("truncated", "damaged"),
@@ -64,7 +65,7 @@ def test_unknown_names_and_impossible_values(script, refused):
         (("--n_epochs", "0"), "impossible"),
         (("--seed", "-1"), "impossible"),
         (("--precision", "fp8"), "invalid choice"),
-        (("--milestones", "1.5"), "at most 1"),
+        (("--bn_mmt" if script is datafree_kd else "--milestones", "1.5"), "at most 1"),
         (("--no_such_flag",), "unrecognized arguments"),
         (("--dataset", "mnist", "--img_size", "40"), "takes images of 32 pixels, not 40"),
     ):
@@ -81,6 +82,8 @@ def test_impossible_combinations(refused):
         (DAFL_train, ("--teacher", "hintonnet"), "lenet5_half takes images of 32 pixels, not 28"),
         (vanilla_kd, ("--transfer_set", "noise", "--beta", "1"), "labels"),
         (vanilla_kd, ("--alpha", "0"), "nothing would be learnt"),
+        (vanilla_kd, ("--transfer_set", "no/such/folder"), "neither a folder nor one of"),
+        (vanilla_kd, ("--transfer_set", "noise", "--scratch"), "labels"),
     ):
         assert words in refused(script, *flags)
 

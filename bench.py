@@ -7,12 +7,15 @@
 
 The published way is float32, NCHW, eager, with upsampling and convolution apart and the C
 library's own treatment of freed memory; for fast_meta, synthetic images are also written as PNG
-files and read back by four worker processes through PIL. Ours is what the script does on this
-device. A round of synthesis is Fast-2: two updates make a batch, which goes to the pool. Both run
-the same functions on the same networks, each in a process of its own, as memory that one keeps
-would speed up or slow down the other; blocks of steps alternate between the two, so that a machine
-whose speed drifts drifts for both. A block's figure is its mean, reported are the medians over
-the blocks, and of the ratio also the smallest and the largest. The share of the peak is the
+files and read back by four worker processes through PIL, and the hooks on the teacher's BatchNorm
+layers stay where they are, so that student steps compute statistics too. Ours is what the script
+does on this device. A round of synthesis is Fast-2: two updates make a batch, which goes to the
+pool; images of a round count once.
+
+Both run the same functions on the same networks, each in a process of its own, as memory that one
+keeps would speed up or slow down the other; blocks of steps alternate between the two, so that a
+machine whose speed drifts drifts for both. A block's figure is its mean, reported are the medians
+over the blocks, and of the ratio also the smallest and the largest. The share of the peak is the
 arithmetic that the convolutions and matrix products of that way really do, over what a large
 matrix product reaches in the same precision. Peak memory is the process's (on a GPU: PyTorch's).
 """
@@ -35,6 +38,7 @@ import DAFL_train
 import datafree_kd
 from data import SOURCES
 from datafree.augment import Transform
+from datafree.fold import fold_batch_norm
 from datafree.losses import activation_loss, information_entropy_loss, kd_loss, one_hot_loss
 from datafree.pool import ImagePool
 from datafree.runtime import (
@@ -190,11 +194,17 @@ class FastWay:
         self.synthesizer = Fast(
             self.teacher, self.student, generator, transform, (3, 32, 32), 10, self.runtime, pool,
             **{k: getattr(self.args, k) for k in Fast.settings})
+        if ours:
+            self.teacher = fold_batch_norm(self.teacher)
+        else:
+            for layer in self.synthesizer.hooks.layers:
+                layer.register_forward_pre_hook(
+                    lambda layer, x: torch.var_mean(x[0], (0, 2, 3), correction=0) and None)
         self.optimizer = make_optimizer("sgd", self.student.parameters(), 0.1, 1e-4)
         self.batches = self.synthesizer.sample(10**9, args.batch_size) if ours \
             else pool.sample(args.batch_size, runtime.device)
 
-    def round(self):
+    def synthesis_round(self):
         """A batch for the pool, as in mid-run: with the adversarial term."""
         self.student.eval().requires_grad_(False)
         self.synthesizer.synthesize(True, lambda loss: None)
@@ -208,7 +218,7 @@ class FastWay:
 
 DAFL_STEPS = {"generator + teacher": Way.generator_step, "student": Way.student_step,
               "whole DAFL step": Way.whole_step}
-FAST_STEPS = {"Fast-2 round": FastWay.round, "student step": FastWay.student_step}
+FAST_STEPS = {"Fast-2 round": FastWay.synthesis_round, "student step": FastWay.student_step}
 
 
 def steps_of(setting):

@@ -4,6 +4,7 @@ import torch
 
 from datafree import checkpoint
 from datafree.augment import Transform
+from datafree.fold import fold_batch_norm
 from datafree.log import Run, evaluate_checkpoint
 from datafree.losses import l1_loss
 from datafree.metrics import test_accuracy
@@ -215,7 +216,7 @@ def distil_classifier(args, script, generator, get_dataset, get_model, get_gener
         return transform.denormalize(generator(z_shown).float())
 
     return play(
-        args, name, runtime, teacher, student, generator,
+        args, name, runtime, fold_batch_norm(teacher), student, generator,
         evaluate=lambda network: test_accuracy(network, data, transform, runtime),
         card=checkpoint.card(args.student, data, transform), pictures=pictures,
         cells=published(args.dataset, ("DFAD",), args.teacher, args.student),

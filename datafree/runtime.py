@@ -67,7 +67,7 @@ def add_device_arguments(group):
                        "on GPU number N")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                        help="auto takes bfloat16 autocast where the hardware has it "
-                            "(default: %(default)s)")
+                            "(default: auto, unless a preset above names another)")
 
 
 def add_run_arguments(parser):

@@ -37,7 +37,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x), inplace=True)
+        return F.relu(self.bn2(self.conv2(y)).add_(self.shortcut(x)), inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -57,7 +57,7 @@ class Bottleneck(nn.Module):
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x), inplace=True)
+        return F.relu(self.bn3(self.conv3(y)).add_(self.shortcut(x)), inplace=True)
 
 
 class ResNet(nn.Module):

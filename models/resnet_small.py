@@ -27,7 +27,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x), inplace=True)
+        return F.relu(self.bn2(self.conv2(y)).add_(self.downsample(x)), inplace=True)
 
 
 class SmallResNet(nn.Module):

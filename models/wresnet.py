@@ -27,7 +27,7 @@ class Block(nn.Module):
         # A shortcut that changes the width starts from the activated input, others from the raw.
         shortcut = x if self.convShortcut is None else self.convShortcut(y)
         y = F.relu(self.bn2(self.conv1(y)), inplace=True)
-        return self.conv2(y) + shortcut
+        return self.conv2(y).add_(shortcut)
 
 
 class Stage(nn.Module):

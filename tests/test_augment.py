@@ -75,3 +75,13 @@ def test_train_without_augmentation_is_test(padding, flip):
     x = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
     transform = Transform((0.5,), (0.5,), padding, flip)
     assert torch.equal(transform(x, train=True), transform(x))
+
+
+def test_crop_and_flip_pass_gradients_back():
+    x = torch.randn(3, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+
+    def augment(x):
+        torch.manual_seed(0)
+        return random_flip(random_crop(x, 2))
+
+    assert torch.autograd.gradcheck(augment, (x,))

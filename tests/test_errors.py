@@ -12,6 +12,8 @@ import torch
 import bench
 import DAFL_train
 import datafree_kd
+import DFAD_cifar
+import DFAD_mnist
 import quickstart
 import teacher_train
 import vanilla_kd
@@ -20,7 +22,8 @@ from models import get_model
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [DAFL_train, teacher_train, vanilla_kd, datafree_kd]
-PARSERS = [*SCRIPTS, quickstart, bench]
+DFAD = [DFAD_mnist, DFAD_cifar]
+PARSERS = [*SCRIPTS, *DFAD, quickstart, bench]
 
 
 class Evil:
@@ -28,7 +31,7 @@ class Evil:
         return (os.system, ("touch executed",))
 
 
-@pytest.mark.parametrize("script", [DAFL_train, vanilla_kd, datafree_kd])
+@pytest.mark.parametrize("script", [DAFL_train, vanilla_kd, datafree_kd, DFAD_mnist])
 @pytest.mark.parametrize(("content", "words"), [
     (None, "python teacher_train.py --dataset digits --model lenet5"),
     ("truncated", "damaged"),

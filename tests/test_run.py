@@ -16,21 +16,28 @@ from PIL import Image
 
 import DAFL_train
 import datafree_kd
+import DFAD_cifar
+import DFAD_mnist
 import teacher_train
 import vanilla_kd
 from data import DataError
-from datafree import checkpoint
+from datafree import adversarial, checkpoint
 from datafree.runtime import cli
 
 ROOT = Path(__file__).parent.parent
 
 
 class Case(NamedTuple):
-    """A short run of a script: its flags, and the folder that it writes."""
+    """A short run of a script: its flags, the folder that it writes, the module of its loop."""
 
     script: object
     flags: tuple
     folder: str
+    module: object = None
+
+    @property
+    def loop(self):
+        return self.module or self.script
 
 
 def datafree(method, *flags):
@@ -55,6 +62,10 @@ CASES = {
     "cmi": datafree("cmi", *SMALL_GENERATOR, "--bank_size", "40", "--n_neg", "8"),
     "deepinv": datafree("deepinv"),
     "dfq": datafree("dfq", *SMALL_GENERATOR, "--kd_steps", "2"),
+    "DFAD_mnist": Case(DFAD_mnist, (
+        "--batch_size", "16", "--dataset", "digits", "--n_epochs", "4", "--epoch_itrs", "2", "--nz",
+        "4", "--sample_every", "2", "--scheduler"), "DFAD_mnist-digits-lenet5-lenet5_half",
+        adversarial),
 }
 
 
@@ -98,7 +109,7 @@ def whole(request, tmp_path_factory, checkpoints):
 def test_resume_after_any_epoch_is_bit_identical(whole, stop, tmp_path, checkpoints, monkeypatch,
                                                  capsys):
     case, out = whole
-    train_epoch, calls = case.script.train_epoch, []
+    train_epoch, calls = case.loop.train_epoch, []
 
     def interrupted(*args):
         calls.append(1)
@@ -109,7 +120,7 @@ def test_resume_after_any_epoch_is_bit_identical(whole, stop, tmp_path, checkpoi
 
     argv = command(case, tmp_path, checkpoints)
     with monkeypatch.context() as patch:
-        patch.setattr(case.script, "train_epoch", interrupted)
+        patch.setattr(case.loop, "train_epoch", interrupted)
         with pytest.raises(SystemExit) as end:
             cli(case.script.main, lambda: case.script.parse_args(argv), DataError)
     assert end.value.code == 130 and "--resume" in capsys.readouterr().err
@@ -184,7 +195,7 @@ def test_generated_images_are_written(whole):
         assert [p.name for p in samples] == ["epoch0002.png", "epoch0004.png"]
         image = Image.open(samples[0])
         dark, bright = image.convert("L").getextrema()
-        columns = 8 if case.script is DAFL_train or case.folder.endswith("dfq") else 5
+        columns = 8 if case.folder.endswith(("_half", "dfq")) else 5
         assert image.size[0] == columns * 34 + 2 and bright - dark > 50
 
 
@@ -228,7 +239,7 @@ def test_resume_of_a_damaged_checkpoint_is_refused(tmp_path, checkpoints, refuse
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(whole, what, tmp_path, checkpoints,
                                                               refused, monkeypatch):
     case, out = whole
-    train_epoch, calls = case.script.train_epoch, []
+    train_epoch, calls = case.loop.train_epoch, []
 
     def broken(*args):
         calls.append(1)
@@ -243,7 +254,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(whole, what, tmp_p
             return {**result, "loss_kd": torch.tensor(float("nan"))}
         return torch.tensor(float("inf"))
 
-    monkeypatch.setattr(case.script, "train_epoch", broken)
+    monkeypatch.setattr(case.loop, "train_epoch", broken)
     error = refused(case.script, *command(case, tmp_path, checkpoints))
     assert "NaN or infinite in epoch 3" in error and "last.pt" in error
     state, _, _, epoch = states(tmp_path, case)
@@ -303,6 +314,10 @@ def test_own_images_and_teacher_end_to_end(tmp_path, refused):
         (DAFL_train, "--iterations", "2", "--nz", "8", "--sample_every", "1"),
         (DAFL_train, "--iterations", "2", "--nz", "8", "--variant", "mmrazor"),
         (vanilla_kd,),
+        (vanilla_kd, "--transfer_set", str(tmp_path / "data" / "train")),
+        (vanilla_kd, "--scratch", "--img_size", "16"),
+        (datafree_kd, "--ep_steps", "2", "--g_steps", "1", "--ngf", "8"),
+        (DFAD_cifar, "--epoch_itrs", "1", "--nz", "8"),
     ):
         result = run(script, *common, *networks, *flags)
         best = checkpoint.read(tmp_path / result["name"] / "best.pt")

@@ -10,6 +10,7 @@ from reference_fill import fill, load_reference, noise
 import datafree_kd
 from datafree import synthesis
 from datafree.augment import Transform
+from datafree.fold import fold_batch_norm
 from datafree.hooks import BatchNormHooks
 from datafree.losses import (
     contrastive_loss,
@@ -333,3 +334,28 @@ def test_best_is_a_copy():
         x.fill_(step)
         best.offer(torch.tensor(loss), x)
     assert best.tensors[0].tolist() == [1, 1] and best.loss == 1
+
+
+@pytest.mark.parametrize(("name", "left"), [
+    ("resnet34", 0), ("wrn16_2", 6), ("mobilenetv2", 0), ("vgg11", 8), ("lenet5", 0),
+])
+def test_folded_batch_norm(name, left):
+    """Exact in value and gradient; what cannot be traced or folded stays as it is."""
+    model = fill(get_model(name)).requires_grad_(False)
+    folded = fold_batch_norm(model)
+    norms = [m for m in folded.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    used = {n.target for n in folded.graph.nodes} if hasattr(folded, "graph") else None
+    if used is not None:
+        norms = [k for k, m in folded.named_modules()
+                 if isinstance(m, torch.nn.BatchNorm2d) and k in used]
+    assert len(norms) == left
+    channels = 1 if name == "lenet5" else 3
+    results = []
+    for network in (model, folded):
+        x = noise((2, channels, 32, 32), 0).requires_grad_()
+        logits = network(x)
+        logits.square().sum().backward()
+        results.append((logits.detach(), x.grad))
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() <= 1e-12 * a.norm()
+    assert not any(p.requires_grad for p in folded.parameters())

@@ -1,7 +1,8 @@
-"""Networks by name: `get_model` for classifiers, `get_generator` for image generators.
+"""Networks by name: `get_model`, `get_generator` and `get_segmenter`.
 
 A classifier maps images to logits: `model(x)`, or `model(x, return_features=True)` for the pair
-(logits, features), where features (N, D) is what the last linear layer sees.
+(logits, features), where features (N, D) is what the last linear layer sees. A segmentation
+network (`get_segmenter`) maps images (N, 3, H, W) to logits (N, classes, H, W).
 """
 
 from difflib import get_close_matches
@@ -10,6 +11,7 @@ from functools import partial
 from torch import nn
 
 from .alexnet import alexnet, alexnet_half
+from .deeplab import deeplabv3_mobilenet, deeplabv3_resnet50
 from .generator import (
     DeepGenerator,
     FastGenerator,
@@ -38,6 +40,7 @@ from .resnet_small import (
     resnet56,
     resnet110,
 )
+from .segnet import segnet_vgg13, segnet_vgg16, segnet_vgg19
 from .shufflenet import shufflenetv2
 from .vgg import vgg8, vgg11, vgg13, vgg16, vgg19
 from .wresnet import wrn16_1, wrn16_2, wrn40_1, wrn40_2
@@ -45,10 +48,12 @@ from .wresnet import wrn16_1, wrn16_2, wrn40_1, wrn40_2
 __all__ = [
     "GENERATORS",
     "MODELS",
+    "SEGMENTERS",
     "UpsampleConv2d",
     "agree_on_size",
     "get_generator",
     "get_model",
+    "get_segmenter",
     "input_size",
     "set_folded",
 ]
@@ -84,6 +89,14 @@ MODELS = {
     "vgg19": vgg19,
     "mobilenetv2": mobilenetv2,
     "shufflenetv2": shufflenetv2,
+}
+
+SEGMENTERS = {
+    "deeplabv3_resnet50": deeplabv3_resnet50,
+    "deeplabv3_mobilenet": deeplabv3_mobilenet,
+    "segnet_vgg13": segnet_vgg13,
+    "segnet_vgg16": segnet_vgg16,
+    "segnet_vgg19": segnet_vgg19,
 }
 
 GENERATORS = {
@@ -135,6 +148,11 @@ def get_generator(name, nz, img_size=32, channels=3, ngf=64):
     """
     constructor = _lookup(GENERATORS, name, "generator")
     return constructor(nz=nz, img_size=img_size, channels=channels, ngf=ngf)
+
+
+def get_segmenter(name, num_classes):
+    """A segmentation network with fresh weights. Raises ValueError for an unknown name."""
+    return _lookup(SEGMENTERS, name, "segmentation network")(num_classes=num_classes)
 
 
 def _lookup(table, name, kind):

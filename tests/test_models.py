@@ -9,7 +9,16 @@ from reference_fill import fill, fill_value, load_reference, noise
 from torch import nn
 
 import models
-from models import GENERATORS, MODELS, UpsampleConv2d, get_generator, get_model, input_size
+from models import (
+    GENERATORS,
+    MODELS,
+    SEGMENTERS,
+    UpsampleConv2d,
+    get_generator,
+    get_model,
+    get_segmenter,
+    input_size,
+)
 from models.lenet import PUBLISHED_NAMES
 
 REFERENCE = load_reference("architectures")["architectures"]
@@ -39,15 +48,15 @@ IMAGE_GENERATORS = {
     "dafl/Generator_latent1000_ch3": "dafl",
 }
 SEGMENTATION = {
-    "dfad/deeplabv3_resnet50",
-    "dfad/deeplabv3_mobilenet",
-    "dfad/deeplabv3_mobilenet_13",
-    "dfad/SegNetVgg13",
-    "dfad/SegNetVgg16",
-    "dfad/SegNetVgg19",
+    "dfad/deeplabv3_resnet50": "deeplabv3_resnet50",
+    "dfad/deeplabv3_mobilenet": "deeplabv3_mobilenet",
+    "dfad/deeplabv3_mobilenet_13": "deeplabv3_mobilenet",
+    "dfad/SegNetVgg13": "segnet_vgg13",
+    "dfad/SegNetVgg16": "segnet_vgg16",
+    "dfad/SegNetVgg19": "segnet_vgg19",
 }
 for entry in REFERENCE:
-    if entry not in CLASSIFIERS.keys() | IMAGE_GENERATORS.keys() | SEGMENTATION:
+    if entry not in CLASSIFIERS.keys() | IMAGE_GENERATORS.keys() | SEGMENTATION.keys():
         CLASSIFIERS[entry] = entry.removeprefix("fast/")
 
 # The published code has no such networks: DAFL gives only their sizes, and deeper VGGs are ours.
@@ -106,7 +115,23 @@ def compare(actual, expected):
         close(row.mean((1, 2)), values)
 
 
+@pytest.mark.parametrize("entry", SEGMENTATION)
+def test_segmentation_network(entry):
+    reference = REFERENCE[entry]
+    classes = reference["constructor_args"]["num_classes"]
+    network = get_segmenter(SEGMENTATION[entry], classes)
+    assert names_and_shapes(network) == reference["state_dict"]
+    trained = sum(p.numel() for p in network.parameters())
+    assert trained == reference["num_parameters"]
+    with torch.no_grad():
+        logits = fill(network)(noise(reference["input_shape"], reference["input_seed"]))
+    assert list(logits.shape) == [2, classes, 64, 64]
+    if reference["values_in_this_file"]:
+        compare(logits, reference["output"])
+
+
 def test_every_registered_network_is_tested():
+    assert set(SEGMENTATION.values()) == set(SEGMENTERS)
     assert set(CLASSIFIERS.values()) | UNPUBLISHED.keys() == set(MODELS)
     assert set(IMAGE_GENERATORS.values()) == set(GENERATORS)
 

@@ -1,0 +1,66 @@
+"""SegNet (Badrinarayanan et al. 2017) with VGG encoders, as DFAD's teacher script offers it."""
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import nn
+
+
+class SegNet(nn.Module):
+    """Images (N, 3, H, W) -> logits (N, classes, H, W); `depths`: convolutions of the five stages.
+
+    The decoder unpools to the places that the encoder's max pooling came from. As published, the
+    last convolution too is followed by BatchNorm and ReLU, so that logits are never negative.
+    """
+
+    def __init__(self, depths, num_classes=11):
+        super().__init__()
+        widths = (3, 64, 128, 256, 512, 512)
+        for i, n in enumerate(depths, 1):
+            before, width = widths[i - 1 : i + 1]
+            self.add_module(f"down{i}", Stage([before] + [width] * n))
+        for i, n in reversed(tuple(enumerate(depths, 1))):
+            before, width = widths[i - 1 : i + 1]
+            # The first stage's decoder ends in the classes.
+            self.add_module(f"up{i}", Stage([width] * n + [num_classes if i == 1 else before]))
+
+    def forward(self, x):
+        places = []
+        for i in range(1, 6):
+            x = getattr(self, f"down{i}")(x)
+            size = x.shape[-2:]
+            x, indices = F.max_pool2d(x, 2, return_indices=True)
+            places.append((indices, size))
+        for i in range(5, 0, -1):
+            indices, size = places[i - 1]
+            x = getattr(self, f"up{i}")(F.max_unpool2d(x, indices, 2, output_size=size))
+        return x
+
+
+class Stage(nn.Module):
+    """Convolutions (with BatchNorm and ReLU) of the given widths, first to last."""
+
+    def __init__(self, widths):
+        super().__init__()
+        for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False), 1):
+            self.add_module(f"conv{i}", Unit(before, after))
+
+    def forward(self, x):
+        for unit in self.children():
+            x = unit(x)
+        return x
+
+
+class Unit(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.cbr_unit = nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1),
+                                      nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+
+    def forward(self, x):
+        return self.cbr_unit(x)
+
+
+segnet_vgg13 = partial(SegNet, (2, 2, 2, 2, 2))
+segnet_vgg16 = partial(SegNet, (2, 2, 3, 3, 3))
+segnet_vgg19 = partial(SegNet, (2, 2, 4, 4, 4))

@@ -1,4 +1,4 @@
-"""Scores of a classifier."""
+"""Scores of classifiers and of segmentation networks."""
 
 import torch
 
@@ -21,3 +21,39 @@ def test_accuracy(model, data, transform, runtime):
         total += len(y)
     model.train(training)
     return 100 * int(correct) / total
+
+
+class Confusion:
+    """Confusion matrix of a segmentation and the scores that follow from it.
+
+    Args:
+        num_classes: labels outside 0..num_classes - 1, as 255 for void, are left out.
+    """
+
+    def __init__(self, num_classes, device="cpu"):
+        self.n = num_classes
+        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+
+    def add(self, predictions, labels):
+        """Count pixels: class numbers of any, but the same, shape. Rows are true classes."""
+        counted = (labels >= 0) & (labels < self.n)
+        cells = self.n * labels[counted].long() + predictions[counted]
+        self.matrix += torch.bincount(cells, minlength=self.n**2).view(self.n, self.n)
+
+    def scores(self):
+        """Fractions by name; class_iou is a list, NaN for a class that occurs nowhere.
+
+        mean_iou leaves out such classes (one that is predicted but never true counts as 0), and
+        mean_accuracy those without a true pixel.
+        """
+        matrix = self.matrix.double().cpu()
+        hits, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
+        iou = hits / (true + predicted - hits)
+        share = true / true.sum()
+        return {
+            "pixel_accuracy": (hits.sum() / true.sum()).item(),
+            "mean_accuracy": (hits / true).nanmean().item(),
+            "mean_iou": iou.nanmean().item(),
+            "frequency_weighted_iou": (share * iou)[true > 0].sum().item(),
+            "class_iou": iou.tolist(),
+        }

@@ -20,7 +20,7 @@ cifar_help() {
 
 cifar_rows() {
   local method=$1 steps=$2 datasets="cifar10 cifar100" pairs=$PAIRS flags=() dataset pair step
-  local teacher student weights run
+  local teacher student weights run root
   local known_steps=$steps
   shift 2
   while [ $# -gt 0 ]; do
@@ -36,6 +36,7 @@ cifar_rows() {
         ;;
     esac
   done
+  root=$(value_of --data_root ${flags[@]+"${flags[@]}"})
   setup
   for dataset in $datasets; do
     for pair in $pairs; do
@@ -46,7 +47,8 @@ cifar_rows() {
       fi
       if [ ! -e "$weights" ]; then
         echo "== $weights is missing: training it (your own file in its place saves that)"
-        "$PY" teacher_train.py --dataset "$dataset" --model "$teacher" --recipe fast --resume
+        "$PY" teacher_train.py --dataset "$dataset" --model "$teacher" --recipe fast --resume \
+          ${root:+--data_root "$root"}
       fi
       for step in ${steps:-own}; do
         run=datafree_kd-$dataset-$teacher-$student-$method

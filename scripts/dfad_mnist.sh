@@ -4,17 +4,12 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 setup
-dataset=mnist data=()
-for ((i = 1; i < $#; i++)); do
-  case ${!i} in
-    --dataset) n=$((i + 1)) && dataset=${!n} ;;
-    --data_root) n=$((i + 1)) && data=(--data_root "${!n}") ;;
-  esac
-done
+dataset=$(value_of --dataset "$@") root=$(value_of --data_root "$@")
+dataset=${dataset:-mnist}
 if [ ! -e "checkpoints/$dataset-lenet5.pt" ]; then
-  recipe=()
-  [ "$dataset" = digits ] || recipe=(--recipe dfad-mnist)
-  "$PY" teacher_train.py --dataset "$dataset" --model lenet5 ${recipe[@]+"${recipe[@]}"} \
-    ${data[@]+"${data[@]}"}
+  recipe=dfad-mnist
+  [ "$dataset" != digits ] || recipe=digits
+  "$PY" teacher_train.py --dataset "$dataset" --model lenet5 --recipe $recipe \
+    ${root:+--data_root "$root"}
 fi
 exec "$PY" DFAD_mnist.py "$@"

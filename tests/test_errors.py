@@ -175,6 +175,6 @@ def test_help_shows_and_every_flag_is_read(script, capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "{presets}" not in text and len(text) > 300
     sources = "".join(p.read_text() for p in (Path(script.__file__),
-                                              *(ROOT / "datafree").glob("*.py")))
+                                              *(ROOT / "datafree").rglob("*.py")))
     for flag in vars(script.parse_args([])):
         assert f"args.{flag}" in sources or f'"{flag}"' in sources, flag

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from datafree.losses import activation_loss, information_entropy_loss, kd_loss, one_hot_loss
+from datafree.metrics import Confusion
 
 VALUES = json.loads((Path(__file__).parent / "reference/losses.json").read_text())["values"]
 
@@ -75,3 +76,19 @@ def test_half_precision_is_widened():
     loss = kd_loss(s.bfloat16(), t.bfloat16())
     assert loss.dtype == torch.float32
     assert loss == kd_loss(s.bfloat16().float(), t.bfloat16().float())
+
+
+@pytest.mark.parametrize("case", [k for k in VALUES if k.startswith("dfad_segmentation_metrics/")])
+def test_segmentation_scores(case):
+    values = VALUES[case]
+    inputs = values["inputs"]
+    confusion = Confusion(inputs["num_classes"])
+    labels, predictions = (torch.tensor(inputs[k]) for k in ("labels", "predictions"))
+    for i in range(len(labels)):
+        confusion.add(predictions[i], labels[i])
+    assert confusion.matrix.tolist() == values["confusion_rows_true_cols_predicted"]
+    scores = confusion.scores()
+    for name in ("pixel_accuracy", "mean_accuracy", "mean_iou", "frequency_weighted_iou"):
+        assert scores[name] == pytest.approx(values[name], rel=1e-10)
+    expected = [float(v) for v in values["per_class_iou"].values()]
+    assert scores["class_iou"] == pytest.approx(expected, rel=1e-10, nan_ok=True)

@@ -111,6 +111,7 @@ FAST_BY_STEPS = {2: dict(lr_z=0.015, lr_g=5e-3), 5: dict(lr_z=0.01, lr_g=3e-3)}
 PAIRS = dict.fromkeys(DATASETS, ("wrn40_2", "wrn16_1")) | {
     "digits": ("lenet5", "lenet5_half"), "mnist": ("lenet5", "lenet5_half"),
     "fashion-mnist": ("lenet5", "lenet5_half"), "celeba": ("alexnet", "alexnet_half"),
+    "caltech101": ("resnet34_imagenet", "resnet18_imagenet"),
 }
 # LeNet-5 has no BatchNorm and diverges at the published learning rates.
 GREY = dict(n_epochs=80, warmup=4, ep_steps=100, lr=0.01)

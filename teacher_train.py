@@ -50,6 +50,7 @@ RECIPES = {
     "dafl": SGD,
     "dfad": SGD | dict(milestones=[0.4, 0.8]),
     "fast": SGD | dict(weight_decay=1e-4, batch_size=256, milestones=[0.6, 0.75, 0.9], gamma=0.2),
+    "dfad-caltech101": SGD | dict(n_epochs=150, milestones=[1 / 3, 2 / 3]),
     # Ours: the paper names none for CelebA, and the digits are not in it.
     "celeba": ADAM | dict(lr=1e-4, batch_size=128, n_epochs=20, milestones=[0.5]),
     "digits": ADAM | dict(lr=2e-3, batch_size=64, n_epochs=40, milestones=[0.6, 0.85], gamma=0.2),
@@ -62,6 +63,8 @@ def default_recipe(model, dataset):
         return "digits"
     if dataset == "celeba":
         return "celeba"
+    if dataset == "caltech101":
+        return "dfad-caltech101"
     if dataset in ("mnist", "fashion-mnist"):
         return "dafl-mnist"
     return "dafl" if model in ("resnet18", "resnet34", "resnet50") else "fast"

@@ -52,6 +52,7 @@ PRESETS = {
     "mnist": GREY, "fashion-mnist": GREY,
     "digits": GREY | dict(lr=2e-3, batch_size=64, n_epochs=40),
     "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR, "folder": CIFAR,
+    "caltech101": CIFAR | dict(teacher="resnet34_imagenet", student="resnet18_imagenet"),
     "celeba": CIFAR | dict(teacher="alexnet", student="alexnet_half", optimizer="adam", lr=1e-4,
                            weight_decay=0.0, n_epochs=20),
 }

@@ -1,7 +1,7 @@
 """Datasets as uint8 batches on a device: ``get_dataset(name)`` is the way in.
 
 Images come out unaugmented and unnormalised; ``mean``, ``std``, ``padding`` and ``flip`` say
-what the caller should do with them. To add a dataset, write a loader (sources.py has eight)
+what the caller should do with them. To add a dataset, write a loader (sources.py has nine)
 and give it a row in ``SOURCES``.
 """
 
@@ -50,6 +50,7 @@ SOURCES = {
     "cifar100": Source(sources.load_cifar100, 32, 3, CIFAR100_MEAN, CIFAR100_STD, True, True),
     "svhn": Source(sources.load_svhn, 32, 3, HALF, HALF),
     "celeba": Source(sources.load_celeba, 224, 3, HALF, HALF, flip=True),
+    "caltech101": Source(sources.load_caltech101, 128, 3, HALF, HALF, flip=True),
     "folder": Source(load_folder, None, 3, None, None, True, True),
 }
 DATASETS = tuple(SOURCES)

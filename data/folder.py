@@ -68,14 +68,15 @@ def get_images(root: str | Path, img_size: int, channels: int) -> torch.Tensor:
     DataError where there are none or a file cannot be read.
     """
     root = Path(root).expanduser()
-    paths = _images_below(root) if root.is_dir() else []
+    paths = images_below(root) if root.is_dir() else []
     if not paths:
         raise DataError(f"no images below {root}: name a folder that holds some ({_ENDINGS})")
     split = FileSplit(paths, torch.zeros(len(paths), dtype=torch.int64), img_size, channels)
     return split.decode().images
 
 
-def _images_below(folder: Path) -> list[Path]:
+def images_below(folder: Path) -> list[Path]:
+    """Paths of the image files at any depth, sorted; hidden ones are left out."""
     return sorted(
         path
         for path in folder.rglob("*")
@@ -86,7 +87,7 @@ def _images_below(folder: Path) -> list[Path]:
 def _list(split: Path) -> FileSplit:
     paths, labels = [], []
     for label, name in enumerate(class_folders(split)):
-        found = _images_below(split / name)
+        found = images_below(split / name)
         if not found:
             raise DataError(
                 f"no images in {split / name}: add some ({_ENDINGS}), or delete the folder in "

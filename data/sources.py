@@ -6,6 +6,7 @@ Every loader takes (root, download, attribute) and returns ``Raw`` or raises Dat
 import contextlib
 import gzip
 import io
+import random
 import shutil
 import socket
 import tempfile
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torchvision import datasets
 
-from .folder import Raw, class_folders, load_folder
+from .folder import Raw, class_folders, images_below, load_folder
 from .splits import DataError, FileSplit, TensorSplit, one_line
 
 DIGITS_TEST_PER_CLASS = 50
@@ -129,6 +130,53 @@ def load_celeba(root: Path, download: bool, attribute: str | None) -> Raw:
 
     wanted = ", ".join(files)
     return _find_or_download("celeba", find, datasets.CelebA, wanted, places, root, download)
+
+
+def load_caltech101(root: Path, download: bool, attribute: str | None) -> Raw:
+    """L. Fei-Fei et al. 2004: 8,677 images of 101 classes, without the background's.
+
+    Split as published, see `split_class`.
+    """
+    places = [root / "caltech101", root]
+
+    def find() -> Raw | None:
+        for place in places:
+            if (place / "101_ObjectCategories").is_dir():
+                return _read_caltech101(place)
+        return None
+
+    wanted = "101_ObjectCategories"
+    return _find_or_download("caltech101", find, datasets.Caltech101, wanted, places, root,
+                             download)
+
+
+def split_class(names: list[str]) -> tuple[list[str], list[str]]:
+    """Train and test images of a class of Caltech-101: max(int(0.2 n), 2) for testing, seed 1.
+
+    Sorted, and the same whatever the order of ``names``; the published script shuffles what the
+    file system happens to list.
+    """
+    test = set(random.Random(1).sample(sorted(names), min(max(len(names) // 5, 2), len(names))))
+    return sorted(set(names) - test), sorted(test)
+
+
+def _read_caltech101(place: Path) -> Raw:
+    folder = place / "101_ObjectCategories"
+    names = tuple(n for n in class_folders(folder) if n != "BACKGROUND_Google")
+    if not names:
+        raise DataError(f"no class folders in {folder}: unpack the original archive there")
+    paths, labels = ([], []), ([], [])
+    for label, name in enumerate(names):
+        images = images_below(folder / name)
+        if len(images) < 3:
+            raise DataError(f"{len(images)} image(s) in {folder / name}: unpack the original "
+                            "archive again, every class has 31 or more")
+        by_name = {path.name: path for path in images}
+        for part, found in enumerate(split_class(list(by_name))):
+            paths[part].extend(by_name[n] for n in found)
+            labels[part].extend([label] * len(found))
+    splits = (FileSplit(p, torch.tensor(n)) for p, n in zip(paths, labels, strict=True))
+    return Raw(*splits, names, place)
 
 
 def _read_celeba(place: Path, attribute: str | None) -> Raw:

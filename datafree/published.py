@@ -11,10 +11,12 @@ NETWORKS = {
     "hintonnet": ("HintonNet (2x1200 MLP)",), "hintonnet_half": ("2x800 MLP",),
     "alexnet": ("AlexNet",), "alexnet_half": ("AlexNet-half",),
     "resnet18": ("ResNet-18 (cifar)", "ResNet-18"), "resnet34": ("ResNet-34 (cifar)", "ResNet-34"),
+    "resnet18_imagenet": ("ResNet-18",), "resnet34_imagenet": ("ResNet-34",),
     "vgg11": ("VGG-11",), "wrn16_1": ("WRN16-1",), "wrn16_2": ("WRN16-2",),
     "wrn40_1": ("WRN40-1",), "wrn40_2": ("WRN40-2",),
 }
-DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "celeba": "CelebA"}
+DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "celeba": "CelebA",
+            "caltech101": "Caltech101"}
 SCRATCH = ("Student scratch", "Student")
 
 

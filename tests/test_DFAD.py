@@ -7,6 +7,7 @@ import pytest
 import torch
 from reference_fill import fill, load_reference, noise
 
+import DFAD_caltech101
 import DFAD_cifar
 import DFAD_mnist
 from datafree import adversarial
@@ -84,6 +85,8 @@ def test_published_presets():
         (DFAD_cifar, (), ("resnet34", "resnet18", 256, 500, 50, 5, 0.1, 1e-3, 5e-4, 256)),
         (DFAD_cifar, ("--dataset", "cifar100"),
          ("resnet34", "resnet18", 256, 500, 50, 5, 0.1, 1e-3, 5e-4, 256)),
+        (DFAD_caltech101, (), ("resnet34_imagenet", "resnet18_imagenet", 64, 300, 50, 5, 0.05,
+                               1e-3, 5e-4, 256)),
     ):
         args = script.parse_args(flags)
         assert tuple(getattr(args, k) for k in keys) == row and not args.scheduler

@@ -6,6 +6,8 @@ import os
 import pickle
 import socket
 import struct
+import subprocess
+import sys
 import urllib.error
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from torchvision import datasets as tv
 from torchvision.datasets import utils as tv_utils
 
 from data import DATASETS, DataError, FileSplit, TensorSplit, get_dataset, splits
-from data.sources import CIFAR10_CLASSES
+from data.sources import CIFAR10_CLASSES, split_class
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -497,6 +499,33 @@ def test_svhn(tmp_path, monkeypatch):
     assert (d.mean, d.std, d.padding, d.flip) == ((0.5,) * 3, (0.5,) * 3, 0, False)
     (tmp_path / "test_32x32.mat").write_bytes(b"cut off")
     expect_error("damaged", name="svhn", root=tmp_path)
+
+
+def test_caltech101(tmp_path):
+    place = tmp_path / "caltech101" / "101_ObjectCategories"
+    for c, (name, n) in enumerate({"BACKGROUND_Google": 4, "ant": 4, "bass": 23}.items()):
+        (place / name).mkdir(parents=True)
+        for i in reversed(range(n)):  # the file system's order must not matter
+            Image.fromarray(noise(20, 30, 3, seed=c)).save(place / name / f"image_{i:04}.jpg")
+    d = get_dataset("caltech101", tmp_path)
+    assert d.class_names == ("ant", "bass")
+    assert (d.img_size, d.flip, d.mean) == (128, True, (0.5,) * 3)
+    # max(int(0.2 n), 2) of each class are for testing
+    assert d.test.labels.tolist() == [0] * 2 + [1] * 4
+    assert d.train.labels.tolist() == [0] * 2 + [1] * 19
+    names = [f"image_{i:04}.jpg" for i in range(23)]
+    train, test = split_class(names)
+    assert split_class(names[::-1]) == (train, test) and sorted(train + test) == names
+    assert test == ["image_0002.jpg", "image_0004.jpg", "image_0008.jpg", "image_0018.jpg"]
+    command = [sys.executable, "-m", "data.split_caltech101"]
+    for _ in range(2):
+        subprocess.run([*command, place.parent], check=True, cwd=ROOT)
+    assert sorted(p.name for p in (place.parent / "test" / "bass").iterdir()) == test
+    end = subprocess.run([*command, tmp_path / "none"], cwd=ROOT, capture_output=True, text=True)
+    assert end.returncode and end.stderr.startswith("no folder ") and end.stderr.count("\n") == 1
+    for path in (place / "ant").iterdir():
+        path.unlink()
+    expect_error("0 image(s)", "ant", name="caltech101", root=tmp_path)
 
 
 @pytest.fixture

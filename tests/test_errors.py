@@ -12,6 +12,7 @@ import torch
 import bench
 import DAFL_train
 import datafree_kd
+import DFAD_caltech101
 import DFAD_cifar
 import DFAD_mnist
 import quickstart
@@ -22,7 +23,7 @@ from models import get_model
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [DAFL_train, teacher_train, vanilla_kd, datafree_kd]
-DFAD = [DFAD_mnist, DFAD_cifar]
+DFAD = [DFAD_mnist, DFAD_cifar, DFAD_caltech101]
 PARSERS = [*SCRIPTS, *DFAD, quickstart, bench]
 
 

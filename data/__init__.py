@@ -14,11 +14,13 @@ from torchvision.transforms.v2 import functional as F
 
 from . import sources
 from .folder import Raw, fingerprint, get_images, load_folder, open_files, side_of
+from .segmentation import SEGMENTATIONS, Segmentation, get_segmentation
 from .splits import LUMA, DataError, FileSplit, TensorSplit, one_line
 
 __all__ = [
-    "DATASETS", "DataError", "Dataset", "FileSplit", "TensorSplit", "get_dataset", "get_images",
-]
+    "DATASETS", "SEGMENTATIONS", "DataError", "Dataset", "FileSplit", "Segmentation",
+    "TensorSplit", "get_dataset", "get_images", "get_segmentation",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ import torch
 from datafree import checkpoint
 from datafree.augment import Transform
 from datafree.fold import fold_batch_norm
-from datafree.log import Run, evaluate_checkpoint
+from datafree.log import Run, evaluate_checkpoint, run_folder, side_by_side
 from datafree.losses import l1_loss
-from datafree.metrics import test_accuracy
+from datafree.metrics import mean_iou, segmentation_scores, test_accuracy
 from datafree.published import describe, published
 from datafree.runtime import (
     Parser,
@@ -155,34 +155,36 @@ def lr_fall(epoch, args):
 
 
 def play(args, name, runtime, teacher, student, generator, evaluate, card, pictures, cells, facts,
-         log_space=False):
+         log_space=False, score="Acc@1"):
     """The whole run of a script: the game, tests, record; returns the content of result.json.
 
     Args:
-        name: of the run's folder. evaluate: network -> test score in percent.
+        name: of the run's folder.
+        evaluate: network -> test score in percent, and further columns of metrics.csv.
         card: what the student's checkpoint says of it. pictures: () -> images in 0..1.
         cells: the published ones. facts: what the script adds to result.json.
-        log_space: see `train_epoch`.
+        log_space: see `train_epoch`. score: what the test score is called.
     """
-    run = Run(args, name, runtime)
+    run = Run(args, name, runtime, score)
     optimizer_S = make_optimizer("sgd", student.parameters(), args.lr_S, args.weight_decay)
     optimizer_G = make_optimizer(args.optimizer_G, generator.parameters(), args.lr_G)
     start = run.start(student=student, generator=generator, optimizer_S=optimizer_S,
                       optimizer_G=optimizer_G)
-    teacher_score = evaluate(teacher)
+    (teacher_score, _), more = evaluate(teacher), {}
     run.log(f"teacher {args.teacher}: {teacher_score:.2f} %; student {args.student}; "
             f"{runtime.precision} on {runtime.device}; published: {describe(cells)}")
     run.progress([args.epoch_itrs * (args.k + 1)] * args.n_epochs, args.batch_size)
     for epoch in range(start, args.n_epochs):
         losses = train_epoch(epoch, generator, teacher, student, optimizer_S, optimizer_G, args,
                              runtime, run.tick, log_space)
-        run.end_epoch(epoch, evaluate(student), losses, student, card)
+        percent, more = evaluate(student)
+        run.end_epoch(epoch, percent, losses, student, card, **more)
         last = epoch + 1 == args.n_epochs
         if args.sample_every and (last or (epoch + 1) % args.sample_every == 0):
             run.images(f"epoch{epoch + 1:04}", pictures())
     return run.finish(
         method="DFAD", teacher=args.teacher, student=args.student,
-        teacher_accuracy=teacher_score, published=cells,
+        teacher_accuracy=teacher_score, published=cells, last_scores=more,
         generated_images=args.n_epochs * args.epoch_itrs * (args.k + 1) * args.batch_size, **facts)
 
 
@@ -217,7 +219,72 @@ def distil_classifier(args, script, generator, get_dataset, get_model, get_gener
 
     return play(
         args, name, runtime, fold_batch_norm(teacher), student, generator,
-        evaluate=lambda network: test_accuracy(network, data, transform, runtime),
+        evaluate=lambda network: (test_accuracy(network, data, transform, runtime), {}),
         card=checkpoint.card(args.student, data, transform), pictures=pictures,
         cells=published(args.dataset, ("DFAD",), args.teacher, args.student),
         facts={"dataset": data.name, "fingerprint": data.fingerprint})
+
+
+def parse_segmenter(argv, card, preset, models):
+    """The command line of a script for segmentation; the arguments are as `parse_classifier`'s.
+
+    Args:
+        preset: flag -> default, with the data set's name.
+    """
+    p = Parser(card.format(presets=describe_presets({preset["dataset"]: preset})))
+    for role in ("teacher", "student"):
+        p.add_argument(f"--{role}", choices=sorted(models), metavar="NAME",
+                       help=f"one of {', '.join(sorted(models))} (default: {preset[role]})")
+    add_game_arguments(p)
+    p.add_argument("--img_size", type=number(int, 16), default=128,
+                   help="side of the generated images (default: %(default)s)")
+    p.add_argument("--save_img", type=number(int, 0), nargs="?", const=10**9, default=0,
+                   metavar="N", help="at the end write N test images (all without a number) beside "
+                   "ground truth, teacher's and student's classes")
+    add_run_arguments(p)
+    args = p.parse_args(argv)
+    args.argv = argv
+    args.dataset = preset["dataset"]
+    fill_defaults(args, preset)
+    return args
+
+
+def distil_segmenter(args, script, get_segmentation, get_segmenter, get_generator):
+    """What main does in the scripts for segmentation; returns the content of result.json."""
+    runtime = setup(args)
+    data = get_segmentation(args.dataset, args.data_root)
+    student = get_segmenter(args.student, data.num_classes)
+    name = f"{script}-{args.dataset}-{args.teacher}-{args.student}"
+    if args.evaluate_only:
+        return evaluate_checkpoint(args, name, student, args.student, data, runtime, mean_iou,
+                                   "mIoU")
+    teacher, card = checkpoint.load_teacher(args, lambda name, n, _: get_segmenter(name, n), data,
+                                            "teacher_train_seg.py")
+    try:
+        generator = get_generator("generator_b", args.nz, args.img_size, data.channels)
+    except ValueError as error:
+        raise UsageError(f"{error}: choose another --img_size") from error
+    runtime.place(teacher, student, generator)
+    transform = Transform.of(data, card)
+    z_shown = generator.latents(16, device=runtime.device)
+
+    @torch.no_grad()
+    def pictures():
+        generator.eval()
+        return transform.denormalize(generator(z_shown).float())
+
+    def evaluate(network):
+        scores = segmentation_scores(network, data, transform, runtime)
+        return scores.pop("mIoU"), scores
+
+    result = play(
+        args, name, runtime, fold_batch_norm(teacher), student, generator, evaluate,
+        card=checkpoint.card(args.student, data, transform), pictures=pictures,
+        cells=published(args.dataset, ("DFAD",), args.teacher, args.student),
+        facts={"dataset": data.name, "fingerprint": data.fingerprint}, log_space=True,
+        score="mIoU")
+    if args.save_img:
+        networks = {"teacher": teacher, "student": student}
+        side_by_side(run_folder(args, name) / "samples", networks, data, transform, runtime,
+                     args.save_img)
+    return result

@@ -59,6 +59,7 @@ class Transform:
 
     def __init__(self, mean, std, padding=0, flip=False):
         self.mean, self.std, self.padding, self.flip = mean, std, padding, flip
+        self.tensors = {}
 
     @classmethod
     def of(cls, data, card=None):
@@ -82,10 +83,17 @@ class Transform:
 
     def normalize(self, x):
         """(x - mean) / std for float x (N, C, H, W) in 0..1."""
-        mean, std = x.new_tensor(self.mean), x.new_tensor(self.std)
-        return (x - mean[:, None, None]) / std[:, None, None]
+        mean, std = self._tensors(x)
+        return (x - mean) / std
 
     def denormalize(self, x):
         """The inverse of `normalize`, clamped to 0..1 for looking at."""
-        mean, std = x.new_tensor(self.mean), x.new_tensor(self.std)
-        return (x * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
+        mean, std = self._tensors(x)
+        return (x * std + mean).clamp(0, 1)
+
+    def _tensors(self, x):
+        """mean and std (C, 1, 1) like x; kept, as each copy to a GPU would wait for it."""
+        key = x.device, x.dtype
+        if key not in self.tensors:
+            self.tensors[key] = [x.new_tensor(v)[:, None, None] for v in (self.mean, self.std)]
+        return self.tensors[key]

@@ -124,7 +124,7 @@ def teacher_file(folder, dataset, model):
     return Path(folder) / f"{dataset}-{model}.pt"
 
 
-def load_teacher(args, build, data):
+def load_teacher(args, build, data, script="teacher_train.py"):
     """The frozen teacher of a distillation script, in eval mode, and the card beside its weights.
 
     Args:
@@ -132,6 +132,7 @@ def load_teacher(args, build, data):
             dataset, mean and std (both None: the card's count).
         build: (name, num_classes, channels) -> module.
         data: the data set, with num_classes, channels and img_size.
+        script: what makes such a teacher.
 
     Raises:
         UsageError: no such file, damaged, another architecture, number of classes or image size.
@@ -139,7 +140,7 @@ def load_teacher(args, build, data):
     path = Path(args.teacher_ckpt or teacher_file(args.checkpoints, args.dataset, args.teacher))
     path = path / "best.pt" if path.is_dir() else path
     if not path.exists():
-        raise UsageError(f"teacher {path} does not exist: make it with `python teacher_train.py "
+        raise UsageError(f"teacher {path} does not exist: make it with `python {script} "
                          f"--dataset {args.dataset} --model {args.teacher}`, or give "
                          "--teacher_ckpt FILE")
     content = read(path)

@@ -37,20 +37,29 @@ def run_folder(args, name):
     return Path(args.out) / (f"{name}-{args.tag}" if args.tag else name)
 
 
-def evaluate_checkpoint(args, name, model, architecture, data, runtime):
+def evaluate_checkpoint(args, name, model, architecture, data, runtime, evaluate=test_accuracy,
+                        score="Acc@1"):
     """What --evaluate_only does: load the run's best weights, or --ckpt, and print their score.
 
+    Args:
+        evaluate: (model, data, transform, runtime) -> percent. score: what that is called.
+
     Returns:
-        {"weights": the file, "accuracy": test top-1 in percent}.
+        {"weights": the file, "accuracy" (or the score's name): percent}.
     """
     path = Path(args.ckpt) if args.ckpt else run_folder(args, name) / "best.pt"
     content = checkpoint.read(path)
     checkpoint.load_weights(model, content, path, architecture)
     runtime.place(model)
     transform = Transform.of(data, content.get("card"))
-    accuracy = test_accuracy(model, data, transform, runtime)
-    print(f"[Eval] {path} Acc@1={accuracy:.2f}")
-    return {"weights": str(path), "accuracy": accuracy}
+    percent = evaluate(model, data, transform, runtime)
+    print(f"[Eval] {path} {score}={percent:.2f}")
+    return {"weights": str(path), column_of(score): percent}
+
+
+def column_of(score):
+    """The name of a score, as people read it, in metrics.csv and checkpoints."""
+    return "accuracy" if score == "Acc@1" else score
 
 
 class Run:
@@ -60,13 +69,15 @@ class Run:
         args: the script's namespace; stored, and compared on --resume.
         name: the folder's name below args.out, without the tag.
         runtime: device and precision.
+        score: what the test score, in percent, is called: "Acc@1" or "mIoU".
 
     Raises:
         UsageError: the folder cannot be written, or --resume with other flags than the run's.
     """
 
-    def __init__(self, args, name, runtime):
+    def __init__(self, args, name, runtime, score="Acc@1"):
         self.args, self.runtime = args, runtime
+        self.score, self.column = score, column_of(score)
         self.folder = run_folder(args, name)
         self.name = self.folder.name
         self.last, self.best = self.folder / "last.pt", self.folder / "best.pt"
@@ -122,7 +133,7 @@ class Run:
         for name, value in self.states.items():
             value.load_state_dict(state["states"][name])
         checkpoint.restore_rng(state["rng"])
-        self.next_epoch, self.accuracy = content["epoch"] + 1, content["card"]["accuracy"]
+        self.next_epoch, self.accuracy = content["epoch"] + 1, content["card"][self.column]
         self.best_score, self.best_epoch = state["best_score"], state["best_epoch"]
         self.seconds_before = state["seconds"]
         self._cut_metrics()
@@ -180,7 +191,7 @@ class Run:
 
         Args:
             epoch: from 0.
-            accuracy: test top-1 in percent.
+            accuracy: the test score in percent.
             losses: name -> mean over the epoch (0-d tensor or number).
             model: what best.pt keeps; `card` (plain values) says what it is.
             more: further columns of metrics.csv.
@@ -190,10 +201,10 @@ class Run:
         """
         losses = {k: float(v) for k, v in losses.items()}
         self._check_finite(epoch, losses)
-        row = {"epoch": epoch + 1, "seconds": round(self.seconds(), 3), "accuracy": accuracy,
+        row = {"epoch": epoch + 1, "seconds": round(self.seconds(), 3), self.column: accuracy,
                **losses, **more}
         self._write_row(row)
-        card = {**card, "accuracy": accuracy, "epoch": epoch + 1}
+        card = {**card, self.column: accuracy, "epoch": epoch + 1}
         if accuracy > self.best_score:
             self.best_score, self.best_epoch = accuracy, epoch + 1
             checkpoint.save({"state_dict": model.state_dict(), "card": card}, self.best)
@@ -206,10 +217,10 @@ class Run:
         }, self.last)
         self.next_epoch, self.accuracy = epoch + 1, accuracy
         self.facts["acc"] = f"{accuracy:.2f}"
-        self.log(f"[Eval] Epoch={epoch + 1} Acc@1={accuracy:.2f} Best={self.best_score:.2f} "
+        self.log(f"[Eval] Epoch={epoch + 1} {self.score}={accuracy:.2f} Best={self.best_score:.2f} "
                  + " ".join(f"{k}={v:.4f}" for k, v in losses.items()))
         if self.visdom:
-            for name, value in {"accuracy": accuracy, **losses}.items():
+            for name, value in {self.column: accuracy, **losses}.items():
                 self.visdom.curve(name, epoch + 1, value)
 
     def _check_finite(self, epoch, losses):
@@ -256,7 +267,8 @@ class Run:
         """
         if self.bar is not None:
             self.bar.close()
-        plot_accuracy(self.folder / "accuracy.png", {self.name: self.folder / "metrics.csv"})
+        plot_accuracy(self.folder / "accuracy.png", {self.name: self.folder / "metrics.csv"},
+                      self.column)
         result = {
             "name": self.name, "last": self.accuracy, "best": self.best_score,
             "best_epoch": self.best_epoch, **facts,
@@ -354,7 +366,7 @@ class Visdom:
         # A lone point shows by its marker only; with markers visdom offers no smoothing.
         self.client.line([y for _, y in points], [x for x, _ in points], win=name,
                          update="append" if start else None,
-                         opts={"title": "test accuracy (%)" if name == "accuracy" else name,
+                         opts={"title": name if "loss" in name else f"test {name} (%)",
                                "xlabel": "epoch", "markers": len(points) < 30, "markersize": 4})
         if self.client.offline:
             self.in_log[name] = len(self.curves[name])
@@ -372,16 +384,35 @@ class Visdom:
             "title": title, "width": round(width * scale), "height": round(height * scale)})
 
 
-def plot_accuracy(path, runs):
-    """Draw test accuracy over seconds: `runs` maps a label to its metrics.csv."""
+def plot_accuracy(path, runs, column="accuracy"):
+    """Draw a test score over seconds: `runs` maps a label to its metrics.csv."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="seconds", ylabel="test accuracy (%)")
+    axes = figure.add_subplot(xlabel="seconds", ylabel=f"test {column} (%)")
     for label, source in runs.items():
         with Path(source).open(newline="") as file:
             rows = list(csv.DictReader(file))
-        axes.plot([float(r["seconds"]) for r in rows], [float(r["accuracy"]) for r in rows],
+        axes.plot([float(r["seconds"]) for r in rows], [float(r[column]) for r in rows],
                   label=label, marker="." if len(rows) < 30 else "")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+@torch.no_grad()
+def side_by_side(folder, networks, data, transform, runtime, count):
+    """Write the first `count` test images to `folder` as test0000.png ...
+
+    From left to right: image, ground truth, then the classes that each of `networks` (name ->
+    network) sees, in the data set's colours.
+    """
+    for network in networks.values():
+        network.eval()
+    for i, (x, y) in enumerate(tqdm(data.test.whole(runtime.device), "side by side", leave=False,
+                                    total=min(count, len(data.test)), disable=None)):
+        if i == count:
+            break
+        with runtime.autocast():
+            labels = [network(transform(x)).argmax(1) for network in networks.values()]
+        parts = [x.float().cpu() / 255, *(data.paint(label) for label in (y, *labels))]
+        save_image(torch.cat(parts, dim=3), folder / f"test{i:04}.png")

@@ -1,5 +1,7 @@
 """Scores of classifiers and of segmentation networks."""
 
+import math
+
 import torch
 
 
@@ -21,6 +23,34 @@ def test_accuracy(model, data, transform, runtime):
         total += len(y)
     model.train(training)
     return 100 * int(correct) / total
+
+
+@torch.no_grad()
+def segmentation_scores(model, data, transform, runtime):
+    """Percentages by name of `model`, in eval mode, on the whole images of the test split.
+
+    Returns:
+        {"mIoU", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou", "iou_<class>" ...};
+        a class that occurs nowhere has None.
+    """
+    training = model.training
+    model.eval()
+    confusion = Confusion(data.num_classes, runtime.device)
+    for x, y in data.test.whole(runtime.device):
+        with runtime.autocast():
+            logits = model(transform(x))
+        confusion.add(logits.argmax(1), y)
+    model.train(training)
+    scores = confusion.scores()
+    classes = dict(zip(data.class_names, scores.pop("class_iou"), strict=True))
+    scores = {"mIoU": scores.pop("mean_iou")} | scores
+    scores |= {f"iou_{name}": value for name, value in classes.items()}
+    return {name: None if math.isnan(value) else 100 * value for name, value in scores.items()}
+
+
+def mean_iou(model, data, transform, runtime):
+    """The mIoU of `segmentation_scores`, in percent."""
+    return segmentation_scores(model, data, transform, runtime)["mIoU"]
 
 
 class Confusion:

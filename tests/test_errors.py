@@ -13,17 +13,21 @@ import bench
 import DAFL_train
 import datafree_kd
 import DFAD_caltech101
+import DFAD_camvid_deeplab
 import DFAD_cifar
 import DFAD_mnist
+import DFAD_nyu_deeplab
 import quickstart
 import teacher_train
+import teacher_train_seg
 import vanilla_kd
 from datafree import checkpoint, runtime
 from models import get_model
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [DAFL_train, teacher_train, vanilla_kd, datafree_kd]
-DFAD = [DFAD_mnist, DFAD_cifar, DFAD_caltech101]
+DFAD = [DFAD_mnist, DFAD_cifar, DFAD_caltech101, DFAD_camvid_deeplab, DFAD_nyu_deeplab,
+        teacher_train_seg]
 PARSERS = [*SCRIPTS, *DFAD, quickstart, bench]
 
 

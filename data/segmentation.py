@@ -1,0 +1,217 @@
+"""Images with a class for every pixel: ``get_segmentation(name)`` is the way in.
+
+Everything is resized to a short side of 256 (images bilinear and antialiased, labels nearest) and
+kept in memory as uint8; void is 255.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from .folder import SUFFIXES
+from .splits import DataError, one_line
+
+VOID = 255
+SHORT_SIDE = 256
+
+
+@dataclass
+class SegmentationSplit:
+    """Pairs of image, uint8 (3, H, W), and label, uint8 (H, W), in files' order."""
+
+    images: list[Tensor]
+    labels: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def crops(self, batch_size: int, size: int, device) -> Iterator[tuple[Tensor, Tensor]]:
+        """One shuffled pass: random crops, mirrored with probability 1/2.
+
+        Yields images uint8 (N, 3, size, size) and labels int64 (N, size, size); a rest smaller
+        than a batch is left out.
+        """
+        cut = v2.Compose([v2.RandomCrop(size), v2.RandomHorizontalFlip()])
+        for rows in torch.randperm(len(self)).split(batch_size)[: len(self) // batch_size]:
+            pairs = [
+                cut(tv_tensors.Image(self.images[i]), tv_tensors.Mask(self.labels[i]))
+                for i in rows.tolist()
+            ]
+            images, labels = (
+                torch.stack([p.as_subclass(Tensor) for p in part])
+                for part in zip(*pairs, strict=True)
+            )
+            yield images.to(device), labels.to(device).long()
+
+    def whole(self, device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every pair by itself: uint8 (1, 3, H, W) and int64 (1, H, W)."""
+        for image, label in zip(self.images, self.labels, strict=True):
+            yield image[None].to(device), label[None].to(device).long()
+
+
+@dataclass
+class Segmentation:
+    """Two splits, the classes' names and their colours, (R, G, B) each."""
+
+    name: str
+    train: SegmentationSplit
+    test: SegmentationSplit
+    class_names: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...]
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    padding, flip = 0, False  # what a Transform adds; here the crops do it
+    channels, img_size = 3, SHORT_SIDE
+
+    @property
+    def fingerprint(self) -> str:
+        """The first 16 hex digits of SHA-256 over sizes, pixels and labels of both splits."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.test):
+            for tensor in (*split.images, *split.labels):
+                digest.update(repr(tuple(tensor.shape)).encode())
+                digest.update(tensor.numpy())
+        return digest.hexdigest()[:16]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def paint(self, labels: Tensor) -> Tensor:
+        """Labels (N, H, W) as pictures in 0..1, (N, 3, H, W); void is black."""
+        colours = torch.zeros(256, 3)
+        colours[: self.num_classes] = torch.tensor(self.colours) / 255
+        return colours[labels.cpu().long()].permute(0, 3, 1, 2)
+
+
+def get_segmentation(name: str, root: str | Path = "./datasets") -> Segmentation:
+    """Reads one of ``SEGMENTATIONS`` from ``root`` or the folder of that name below it.
+
+    Raises DataError, one line that names the cure.
+    """
+    root = Path(root).expanduser()
+    try:
+        return SEGMENTATIONS[name](root)
+    except KeyError:
+        known = " ".join(SEGMENTATIONS)
+        raise DataError(f"unknown segmentation data '{name}'; choose one of: {known}") from None
+
+
+def _place(root: Path, name: str, folders: tuple[str, ...], wanted: str) -> Path:
+    places = [root / folder for folder in folders]
+    for place in places:
+        if (place / wanted).exists():
+            return place
+    raise DataError(
+        f"no {name}: looked for {wanted} in {', '.join(map(str, places))}; unpack it into one of "
+        "these folders"
+    )
+
+
+CAMVID = {
+    "sky": (128, 128, 128), "building": (128, 0, 0), "pole": (192, 192, 128),
+    "road": (128, 64, 128), "pavement": (60, 40, 222), "tree": (128, 128, 0),
+    "sign": (192, 128, 128), "fence": (64, 64, 128), "car": (64, 0, 128),
+    "pedestrian": (64, 64, 0), "bicyclist": (0, 128, 192),
+}  # fmt: skip
+
+
+def load_camvid(root: Path) -> Segmentation:
+    """CamVid as SegNet has it: 367 + 233 frames, 11 classes; 11 in the label files is void."""
+    place = _place(root, "camvid", ("CamVid", "camvid", "camvid/CamVid", "."), "trainannot")
+    table = np.full(256, -1)
+    table[:12] = [*range(11), VOID]
+    splits = []
+    for part in ("train", "test"):
+        frames = sorted(p for p in (place / part).glob("*") if p.suffix.lower() in SUFFIXES)
+        if not frames:
+            raise DataError(f"no images in {place / part}: unpack CamVid again")
+        pairs = [(path, place / f"{part}annot" / f"{path.stem}.png") for path in frames]
+        splits.append(_read(pairs, table, "0..10, or 11 for void"))
+    return Segmentation("camvid", *splits, tuple(CAMVID), tuple(CAMVID.values()))
+
+
+NYUV2 = {
+    "bed": (0, 0, 255), "books": (233, 89, 48), "ceiling": (0, 218, 0), "chair": (149, 0, 240),
+    "floor": (222, 241, 24), "furniture": (255, 206, 206), "objects": (0, 224, 229),
+    "picture": (106, 136, 204), "sofa": (117, 29, 41), "table": (240, 35, 235),
+    "tv": (0, 167, 156), "wall": (249, 139, 0), "window": (225, 229, 194),
+}  # fmt: skip
+
+
+def load_nyuv2(root: Path) -> Segmentation:
+    """NYUv2: 795 + 654 rooms, 13 classes; 0 in the label files is void.
+
+    Files: splits.mat, 480_640/IMAGE/<index - 1>.png, and for each split
+    nyuv2-meta-data/{train,test}_labels_13/new_nyu_class13_<index>.png.
+    """
+    place = _place(root, "nyuv2", ("nyuv2", "NYUv2", "."), "splits.mat")
+    path = place / "splits.mat"
+    try:
+        indices = scipy.io.loadmat(path)
+        parts = {part: indices[f"{part}Ndxs"].flatten().tolist() for part in ("train", "test")}
+    except Exception as error:  # scipy raises nearly anything on damaged files
+        raise DataError(f"cannot read {path} ({one_line(error)}): fetch it again") from None
+    table = np.full(256, -1)
+    table[:14] = [VOID, *range(13)]
+    splits = []
+    for part, numbers in parts.items():
+        labels = place / "nyuv2-meta-data" / f"{part}_labels_13"
+        pairs = [(place / "480_640" / "IMAGE" / f"{i - 1}.png",
+                  labels / f"new_nyu_class13_{i:04}.png") for i in numbers]
+        splits.append(_read(pairs, table, "1..13, or 0 for void"))
+    return Segmentation("nyuv2", *splits, tuple(NYUV2), tuple(NYUV2.values()))
+
+
+SEGMENTATIONS: dict[str, Callable[[Path], Segmentation]] = {
+    "camvid": load_camvid, "nyuv2": load_nyuv2,
+}  # fmt: skip
+
+
+def _read(pairs: list[tuple[Path, Path]], table: np.ndarray, known: str) -> SegmentationSplit:
+    """Decode and resize; ``table`` maps the files' label values, -1 marks impossible ones."""
+    images, labels = [], []
+    for image_path, label_path in tqdm(pairs, "reading images", leave=False, delay=2, disable=None):
+        image, label = _open(image_path, "RGB"), _open(label_path, None)
+        if image.size != label.size:
+            raise DataError(
+                f"{image_path} is {image.width}x{image.height}, {label_path} {label.width}x"
+                f"{label.height}: image and label must have the same size"
+            )
+        values = np.asarray(label)
+        if values.ndim != 2 or values.dtype != np.uint8:
+            raise DataError(f"{label_path} is no 8-bit grey or palette picture: fetch it again")
+        if (table[values] < 0).any():
+            wrong = values[table[values] < 0].flat[0]
+            raise DataError(f"{label_path} holds the label {wrong}: {known} is possible")
+        scale = SHORT_SIDE / min(image.size)
+        size = tuple(int(side * scale) for side in image.size)
+        image = image.resize(size, Image.Resampling.BILINEAR)
+        label = Image.fromarray(table[values].astype(np.uint8)).resize(
+            size, Image.Resampling.NEAREST
+        )
+        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
+        labels.append(torch.from_numpy(np.array(label)))
+    return SegmentationSplit(images, labels)
+
+
+def _open(path: Path, mode: str | None) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.convert(mode) if mode else image
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: every image needs its label file, unpack the data "
+                        "again") from None
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        raise DataError(f"cannot read {path} ({one_line(error)}): fetch it again") from None

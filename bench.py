@@ -1,7 +1,9 @@
-"""Times the steps of DAFL and Fast-Datafree in the published way and in ours, in turn in one run.
+"""Times steps of DAFL, DFAD and Fast-Datafree in the published way and in ours, in turn in one run.
 
     python bench.py                       # DAFL: LeNet-5, MNIST size, batch 512
     python bench.py --setting cifar10     # DAFL: ResNet-34 -> ResNet-18
+    python bench.py --setting dfad_mnist  # DFAD: LeNet-5, batch 512
+    python bench.py --setting dfad_cifar  # DFAD: ResNet-34 -> ResNet-18, batch 256
     python bench.py --setting fast_wrn    # fast_meta: WRN-40-2 -> WRN-16-1, batch 256
     python bench.py --setting fast_resnet # fast_meta: ResNet-34 -> ResNet-18, batch 256
 
@@ -10,7 +12,7 @@ library's own treatment of freed memory; for fast_meta, synthetic images are als
 files and read back by four worker processes through PIL, and the hooks on the teacher's BatchNorm
 layers stay where they are, so that student steps compute statistics too. Ours is what the script
 does on this device. A round of synthesis is Fast-2: two updates make a batch, which goes to the
-pool; images of a round count once.
+pool; images of a round, as of the six steps of a DFAD iteration, count once.
 
 Both run the same functions on the same networks, each in a process of its own, as memory that one
 keeps would speed up or slow down the other; blocks of steps alternate between the two, so that a
@@ -36,7 +38,10 @@ from torchvision import transforms
 
 import DAFL_train
 import datafree_kd
+import DFAD_cifar
+import DFAD_mnist
 from data import SOURCES
+from datafree import adversarial
 from datafree.augment import Transform
 from datafree.fold import fold_batch_norm
 from datafree.losses import activation_loss, information_entropy_loss, kd_loss, one_hot_loss
@@ -58,7 +63,8 @@ from models import get_generator, get_model, set_folded
 CIFAR10 = SOURCES["cifar10"]
 
 # Batch and channels; the rest is the script's.
-SETTINGS = {"mnist": (512, 1), "cifar10": (256, 3), "fast_wrn": (256, 3), "fast_resnet": (256, 3)}
+SETTINGS = {"mnist": (512, 1), "cifar10": (256, 3), "dfad_mnist": (512, 1),
+            "dfad_cifar": (256, 3), "fast_wrn": (256, 3), "fast_resnet": (256, 3)}
 PAIRS = {"fast_wrn": ("wrn40_2", "wrn16_1"), "fast_resnet": ("resnet34", "resnet18")}
 POOL = 10240  # images in the pool of fast_meta: a run's has 256 to 56,320
 WAYS = ("published", "ours")
@@ -67,7 +73,7 @@ WAYS = ("published", "ours")
 def parse_args(argv=None):
     p = Parser(__doc__)
     p.add_argument("--setting", choices=SETTINGS, default="mnist", help="(default: %(default)s)")
-    p.add_argument("--batch_size", type=number(int, 2), help="(default: 512; others: 256)")
+    p.add_argument("--batch_size", type=number(int, 2), help="(default: 512 for LeNet-5, else 256)")
     p.add_argument("--steps", type=number(int, 1), default=4,
                    help="steps of a block; of rounds one (default: %(default)s)")
     p.add_argument("--repeats", type=number(int, 2), default=5,
@@ -135,6 +141,35 @@ class Way:
         DAFL_train.distill_step(self.latents(), self.generator, self.teacher, self.student,
                                 self.optimizer_G, self.optimizer_S, self.args,
                                 self.runtime.autocast)
+
+
+class DfadWay:
+    """The same for DFAD."""
+
+    def __init__(self, name, args, runtime):
+        ours = name == "ours"
+        if runtime.device.type == "cpu":
+            keep_memory(ours)
+        self.runtime = runtime if ours else Runtime(runtime.device, "fp32")
+        script = DFAD_mnist if args.setting == "dfad_mnist" else DFAD_cifar
+        self.args = script.parse_args(["--batch_size", str(args.batch_size), "--epoch_itrs", "1"])
+        torch.manual_seed(0)
+        channels = SETTINGS[args.setting][1]
+        self.generator = set_folded(get_generator("generator_a", self.args.nz, 32, channels), ours)
+        teacher = get_model(self.args.teacher, 10, channels).eval().requires_grad_(False)
+        self.student = get_model(self.args.student, 10, channels)
+        self.teacher = fold_batch_norm(teacher) if ours else teacher
+        for network in (self.generator, self.teacher, self.student):
+            network.to(runtime.device)
+            if ours:
+                self.runtime.place(network)
+        self.optimizer_S = make_optimizer("sgd", self.student.parameters(), self.args.lr_S, 5e-4)
+        self.optimizer_G = make_optimizer("adam", self.generator.parameters(), self.args.lr_G)
+
+    def iteration(self):
+        """Five student steps and one of the generator."""
+        adversarial.train_epoch(0, self.generator, self.teacher, self.student, self.optimizer_S,
+                                self.optimizer_G, self.args, self.runtime, lambda loss: None)
 
 
 class PngPool:
@@ -218,12 +253,15 @@ class FastWay:
 
 DAFL_STEPS = {"generator + teacher": Way.generator_step, "student": Way.student_step,
               "whole DAFL step": Way.whole_step}
+DFAD_STEPS = {"DFAD iteration": DfadWay.iteration}
 FAST_STEPS = {"Fast-2 round": FastWay.synthesis_round, "student step": FastWay.student_step}
 
 
 def steps_of(setting):
     """The class of a setting's ways and its steps by name."""
-    return (FastWay, FAST_STEPS) if setting in PAIRS else (Way, DAFL_STEPS)
+    if setting in PAIRS:
+        return FastWay, FAST_STEPS
+    return (DfadWay, DFAD_STEPS) if setting.startswith("dfad") else (Way, DAFL_STEPS)
 
 
 def synchronize(device):

@@ -16,10 +16,12 @@ from . import sources
 from .folder import Raw, fingerprint, get_images, load_folder, open_files, side_of
 from .segmentation import SEGMENTATIONS, Segmentation, get_segmentation
 from .splits import LUMA, DataError, FileSplit, TensorSplit, one_line
+from .wild import open_wild
 
 __all__ = [
     "DATASETS", "SEGMENTATIONS", "DataError", "Dataset", "FileSplit", "Segmentation",
-    "TensorSplit", "get_dataset", "get_images", "get_segmentation",
+    "TensorSplit", "get_dataset", "get_images", "get_segmentation", "get_wild",
+    "imagenet_statistics",
 ]  # fmt: skip
 
 
@@ -43,6 +45,7 @@ class Source:
 HALF = (0.5, 0.5, 0.5)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SOURCES = {
     # Statistics of digits: those of its 1,297 train images at 32x32.
     "digits": Source(sources.load_digits, 32, 1, (0.3060,), (0.3242,)),
@@ -148,6 +151,26 @@ def get_dataset(
         flip=source.flip,
         fingerprint=digest,
     )
+
+
+def get_wild(source: str, root: str | Path, img_size: int, channels: int):
+    """An unlabelled image set: a folder (any depth), a zip, or the train images of a data set.
+
+    Args:
+        source: the path, or one of ``DATASETS``, which is looked for in ``root``.
+
+    Returns (split, fingerprint); the split's labels mean nothing. Its images come out as those of
+    ``get_dataset`` do. Raises DataError if there are none.
+    """
+    if source in DATASETS:
+        data = get_dataset(source, root, img_size=img_size, channels=channels)
+        return data.train, data.fingerprint
+    return open_wild(Path(source).expanduser(), img_size, channels)
+
+
+def imagenet_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """ImageNet's mean and standard deviation for images of 1 or 3 channels."""
+    return _follow(IMAGENET_MEAN, channels), _follow(IMAGENET_STD, channels)
 
 
 def _per_channel(name: str, values, channels: int) -> tuple[float, ...] | None:

@@ -67,6 +67,16 @@ class TensorSplit:
         device = self.images.device if device is None else device
         return Batches(self, batch_size, shuffle, drop_last, device)
 
+    def take(self, rows: Tensor) -> "TensorSplit":
+        """The split of these rows, int64 (n,) on the CPU."""
+        rows = rows.to(self.images.device)
+        return TensorSplit(self.images[rows], self.labels[rows])
+
+    def scan(self, batch_size: int, device) -> Iterator[tuple[Tensor, list[tuple[int, str]]]]:
+        """One pass in order: images on `device`, and no unreadable ones, as `FileSplit.scan`."""
+        for images, _ in self.batches(batch_size, device=device):
+            yield images, []
+
     def read(self, order: Tensor, batch_size: int, device) -> Iterator[tuple[Tensor, Tensor]]:
         # The order travels once, so that cutting a batch on a GPU never waits for the host.
         for rows in order.to(self.images.device).split(batch_size):
@@ -98,6 +108,31 @@ class FileSplit:
         device = self.device if device is None else device
         return Batches(self, batch_size, shuffle, drop_last, device)
 
+    def take(self, rows: Tensor) -> "FileSplit":
+        """The split of these rows, int64 (n,) on the CPU."""
+        paths = self.paths[rows.numpy()] if isinstance(self.paths, np.ndarray) else [
+            self.paths[row] for row in rows.tolist()]
+        return replace(self, paths=paths, labels=self.labels[rows])
+
+    def source(self, row: int):
+        """What ``decode`` reads: the path of a file, or a file object."""
+        return self.paths[row]
+
+    def name(self, row: int) -> str:
+        """The image's name for people."""
+        return str(self.paths[row])
+
+    def scan(self, batch_size: int, device) -> Iterator[tuple[Tensor, list[tuple[int, str]]]]:
+        """One pass in order that does not stop at damage.
+
+        Yields images on ``device`` and the rows that cannot be read (black in the batch), each
+        with its file's name and what is wrong.
+        """
+        device = torch.device(device)
+        order = torch.arange(len(self), device="cpu")
+        for images, _, broken in self._loader(order, batch_size, device.type == "cuda"):
+            yield images.to(device, non_blocking=True), broken
+
     def read(self, order: Tensor, batch_size: int, device) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels, broken in self._loader(order, batch_size, device.type == "cuda"):
             _refuse(broken)
@@ -120,8 +155,8 @@ class FileSplit:
         _refuse(broken)
         return TensorSplit(images, self.labels)
 
-    def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-        """One batch, made in a worker: images, labels and what is wrong with unreadable files.
+    def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
+        """One batch, made in a worker: images, labels, and rows and reasons of unreadable files.
 
         Errors come back as values because DataLoader would wrap them into a page of traceback.
         """
@@ -129,9 +164,9 @@ class FileSplit:
         images, broken = np.zeros((len(rows), *shape), np.uint8), []
         for image, row in zip(images, rows.tolist(), strict=True):
             try:
-                image[:] = decode(self.paths[row], self.img_size, self.channels).reshape(shape)
+                image[:] = decode(self.source(row), self.img_size, self.channels).reshape(shape)
             except Exception as error:  # decoders raise nearly anything on damaged files
-                broken.append(f"{self.paths[row]} ({one_line(error)})")
+                broken.append((row, f"{self.name(row)} ({one_line(error)})"))
         images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         return images, self.labels[rows], broken
 
@@ -148,9 +183,10 @@ class FileSplit:
         )
 
 
-def decode(path: Path, img_size: int, channels: int) -> np.ndarray:
+def decode(path, img_size: int, channels: int) -> np.ndarray:
     """Reads the central square of an image, resized to ``img_size`` (bilinear, antialiased).
 
+    ``path`` may be a file object; of an animation the first picture counts.
     Returns uint8 (img_size, img_size) for one channel, (img_size, img_size, 3) for three.
     Transparent pixels become white, 16-bit grey is scaled to 8 bits (Pillow alone clips it).
     Raises whatever Pillow raises on a damaged file, ValueError on pixels of unknown range.
@@ -203,10 +239,10 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _refuse(broken: list[str]) -> None:
+def _refuse(broken: list[tuple[int, str]]) -> None:
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        raise DataError(f"cannot read image {broken[0]}{more}: replace or delete what is broken")
+        raise DataError(f"cannot read image {broken[0][1]}{more}: replace or delete what is broken")
 
 
 def _cpus() -> int:

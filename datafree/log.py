@@ -29,7 +29,7 @@ from datafree.runtime import UsageError, commit, device_name
 # Flags that may differ between a run and its continuation: where, how loud, how long.
 FREE_ON_RESUME = {"resume", "out", "data_root", "device", "gpu", "visdom", "n_epochs", "argv",
                   "sample_every", "teacher_ckpt", "checkpoints", "evaluate_only", "ckpt",
-                  "export_images", "save_dir", "pool_size", "cmi_init"}
+                  "export_images", "save_dir", "pool_size", "cmi_init", "memory", "wild_root"}
 
 
 def run_folder(args, name):

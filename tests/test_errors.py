@@ -17,6 +17,7 @@ import DFAD_camvid_deeplab
 import DFAD_cifar
 import DFAD_mnist
 import DFAD_nyu_deeplab
+import DFND_train
 import quickstart
 import teacher_train
 import teacher_train_seg
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = [DAFL_train, teacher_train, vanilla_kd, datafree_kd]
 DFAD = [DFAD_mnist, DFAD_cifar, DFAD_caltech101, DFAD_camvid_deeplab, DFAD_nyu_deeplab,
         teacher_train_seg]
-PARSERS = [*SCRIPTS, *DFAD, quickstart, bench]
+PARSERS = [*SCRIPTS, *DFAD, DFND_train, quickstart, bench]
 
 
 class Evil:
@@ -36,7 +37,7 @@ class Evil:
         return (os.system, ("touch executed",))
 
 
-@pytest.mark.parametrize("script", [DAFL_train, vanilla_kd, datafree_kd, DFAD_mnist])
+@pytest.mark.parametrize("script", [DAFL_train, vanilla_kd, datafree_kd, DFAD_mnist, DFND_train])
 @pytest.mark.parametrize(("content", "words"), [
     (None, "python teacher_train.py --dataset digits --model lenet5"),
     ("truncated", "damaged"),
@@ -57,7 +58,8 @@ def test_teacher_file(script, content, words, tmp_path, refused, monkeypatch):
                          "card": {"model": "resnet8"}}, path)
     elif content == "classes":
         checkpoint.save(get_model("lenet5", 7).state_dict(), path)
-    error = refused(script, "--dataset", "digits", "--teacher_ckpt", path)
+    wild = ("--wild", "digits") if script is DFND_train else ()
+    error = refused(script, "--dataset", "digits", "--teacher_ckpt", path, *wild)
     assert words in error and "teacher.pt" in error
     assert not Path("executed").exists() and not Path("runs").exists()
 
@@ -181,5 +183,5 @@ def test_help_shows_and_every_flag_is_read(script, capsys):
     assert stop.value.code == 0 and "{presets}" not in text and len(text) > 300
     sources = "".join(p.read_text() for p in (Path(script.__file__),
                                               *(ROOT / "datafree").rglob("*.py")))
-    for flag in vars(script.parse_args([])):
+    for flag in vars(script.parse_args(["--wild", "mnist"] if script is DFND_train else [])):
         assert f"args.{flag}" in sources or f'"{flag}"' in sources, flag

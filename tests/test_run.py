@@ -18,6 +18,7 @@ import DAFL_train
 import datafree_kd
 import DFAD_cifar
 import DFAD_mnist
+import DFND_train
 import teacher_train
 import vanilla_kd
 from data import DataError
@@ -66,6 +67,8 @@ CASES = {
         "--batch_size", "16", "--dataset", "digits", "--n_epochs", "4", "--epoch_itrs", "2", "--nz",
         "4", "--sample_every", "2", "--scheduler"), "DFAD_mnist-digits-lenet5-lenet5_half",
         adversarial),
+    "DFND_train": Case(DFND_train, ("--batch_size", "64", "--wild", "digits", "--num_select", "256",
+                                    "--n_epochs", "4"), "DFND_train-digits-lenet5-lenet5_half"),
 }
 
 

@@ -1,0 +1,234 @@
+"""DFND: its matrix and selection agree with the published code; wild sets of every kind work."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import DFND_train
+from data import DataError, get_wild
+from datafree import checkpoint
+from datafree.losses import kd_loss
+from datafree.runtime import lr_at
+
+VALUES = json.loads((Path(__file__).parent / "reference" / "losses.json").read_text())["values"]
+
+
+def normal(spec):
+    x = np.random.RandomState(spec["seed"]).standard_normal(spec["shape"])
+    return torch.tensor(spec["scale"] * x)
+
+
+def test_matrix_and_losses_agree():
+    case = VALUES["dfnd/A"]
+    inputs = case["inputs"]
+    noise = DFND_train.NoiseAdaptation(5, inputs["teacher_accuracy"]).double()
+    torch.testing.assert_close(
+        noise.log_matrix().exp()[0].tolist(), case["matrix_at_zero_parameters_first_row"])
+    noise.logits.data = normal(inputs["noise_parameters"])
+    matrix = noise.log_matrix().exp()
+    torch.testing.assert_close(matrix, torch.tensor(case["matrix_intended"]).double(),
+                               rtol=1e-7, atol=1e-9)
+    s_logits = normal(inputs["student_logits"]).requires_grad_()
+    t_logits = normal(inputs["teacher_logits"])
+    loss = noise(s_logits, t_logits)
+    loss.backward()
+    loss_kd = kd_loss(s_logits, t_logits, 4)
+    got = [loss.item(), s_logits.grad.norm().item(), noise.logits.grad.norm().item(),
+           loss_kd.item(), (loss + loss_kd).item()]
+    wanted = [case["noise_adaptation_loss"], case["gradient"]["student_logits_l2"],
+              case["gradient"]["noise_parameters_l2"], case["kd_loss_T4"],
+              case["total_kd_T4_plus_noise"]]
+    assert got == pytest.approx(wanted, rel=1e-7)
+
+
+def test_a_perfect_teacher_has_a_finite_loss():
+    noise = DFND_train.NoiseAdaptation(3, 1.0)
+    s_logits = torch.randn(4, 3, requires_grad=True)
+    t_logits = torch.randn(4, 3)
+    loss = noise(s_logits, t_logits)
+    loss.backward()
+    assert loss.item() == pytest.approx(
+        torch.nn.functional.cross_entropy(s_logits, t_logits.argmax(1)).item())
+    assert s_logits.grad.isfinite().all() and noise.logits.grad.isfinite().all()
+
+
+def test_selection_agrees():
+    case = VALUES["dfnd_selection/A"]
+    values = DFND_train.value_of(normal(case["inputs"]["teacher_logits"]))
+    assert values.tolist() == pytest.approx(case["values"], rel=1e-7)
+    args = DFND_train.parse_args(["--wild", "x", "--num_select", str(case["inputs"]["k"])])
+    rows = DFND_train.select({"values": values}, args)
+    assert rows.tolist() == case["selected_indices_in_published_order"]
+
+
+@pytest.mark.parametrize("selected", ["600000", "50000"])
+def test_schedule_agrees(selected):
+    case = VALUES["dfnd_schedule"][selected]
+    longest = DFND_train.max_epoch(int(selected))
+    assert (longest, longest - 1) == (case["max_epoch"], case["epochs_run"])
+    for epoch, lr in case["lr"].items():
+        assert lr_at(int(epoch), 0.1, longest, [0.4, 0.8]) == pytest.approx(lr)
+
+
+def draw(mode, size=(40, 36), seed=0):
+    pixels = np.random.RandomState(seed).randint(0, 256, (*size[::-1], 4), np.uint8)
+    return Image.fromarray(pixels, "RGBA").convert(mode)
+
+
+@pytest.fixture(scope="module")
+def wild(tmp_path_factory):
+    """A folder of everything that lies about: 26 readable images, 3 that are not, 2 other files."""
+    root = tmp_path_factory.mktemp("wild")
+    (root / "deep" / "er").mkdir(parents=True)
+    for i in range(20):
+        draw("RGB", seed=i).save(root / "deep" / f"photo{i:02}.JPG", "JPEG")
+    draw("L").save(root / "grey.png")
+    draw("RGBA").save(root / "deep" / "er" / "transparent.png")
+    Image.fromarray(np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64).save(
+        root / "sixteen bits.png")
+    draw("CMYK").save(root / "print.jpg")
+    draw("P").save(root / "moving.gif", save_all=True, append_images=[draw("P", seed=1)])
+    draw("RGB").save(root / "näme.webp")
+    whole = (root / "deep" / "photo00.JPG").read_bytes()
+    (root / "truncated.jpg").write_bytes(whole[:len(whole) // 2])
+    (root / "empty.png").touch()
+    (root / "page.png").write_text("<html>404 not found</html>")
+    (root / "notes.txt").write_text("no image")
+    (root / ".hidden.png").write_bytes(whole)
+    return root
+
+
+def zipped(root, path):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(root.rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(root))
+    return path
+
+
+def run(*argv):
+    return DFND_train.main(DFND_train.parse_args([str(a) for a in argv]))
+
+
+SHORT = ("--n_epochs", 2, "--batch_size", 8, "--num_select", 16)
+
+
+def test_folder_and_zip_are_the_same_images(wild, tmp_path):
+    folder, _ = get_wild(str(wild), ".", 32, 3)
+    archive, _ = get_wild(str(zipped(wild, tmp_path / "w.zip")), ".", 32, 3)
+    assert len(folder) == len(archive) == 29
+    for a, b in zip(folder.scan(8, "cpu"), archive.scan(8, "cpu"), strict=True):
+        assert torch.equal(a[0], b[0]) and [row for row, _ in a[1]] == [row for row, _ in b[1]]
+
+
+@pytest.mark.parametrize("selection", DFND_train.ROWS)
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_wild_folder_of_everything(kind, selection, wild, tmp_path, checkpoints, capsys):
+    source = wild if kind == "folder" else zipped(wild, tmp_path / "wild.zip")
+    flags = ("--wild", source, "--checkpoints", checkpoints, "--out", tmp_path / "runs", *SHORT,
+             "--selection", selection)
+    result = run(*flags)
+    assert (result["wild_images"], result["wild_broken"]) == (29, 3)
+    assert result["selected"] == (26 if selection == "all" else 16)
+    assert result["method"] == DFND_train.ROWS[selection]
+    folder = tmp_path / "runs" / result["name"]
+    assert "left out: 3 files" in (folder / "log.txt").read_text()
+    for picture in ("wild_values.png", "samples/wild_best.png", "samples/wild_worst.png"):
+        with Image.open(folder / picture) as image:
+            assert image.getextrema() != ((0, 0), (0, 0), (0, 0))
+    # A second run takes the scan from the disk, and ends with the same student.
+    weights = checkpoint.read(folder / "last.pt")["state_dict"]
+    assert len(list((tmp_path / "runs" / "wild_scans").iterdir())) == 1
+    again = run(*flags)
+    assert "scanned before" in (folder / "log.txt").read_text()
+    assert again["last"] == result["last"]
+    for key, value in checkpoint.read(folder / "last.pt")["state_dict"].items():
+        assert torch.equal(value, weights[key])
+
+
+def test_images_that_do_not_fit_are_streamed(wild, tmp_path, checkpoints):
+    common = ("--wild", wild, "--checkpoints", checkpoints, *SHORT)
+    kept = run(*common, "--out", tmp_path / "a")
+    streamed = run(*common, "--out", tmp_path / "b", "--memory", 1e-6)
+    assert kept["last"] == streamed["last"]
+    a, b = (checkpoint.read(tmp_path / x / kept["name"] / "last.pt") for x in "ab")
+    for key, value in a["state_dict"].items():
+        assert torch.equal(value, b["state_dict"][key])
+
+
+def test_the_surest_images_are_selected(tmp_path, checkpoints):
+    """Of digits hidden among noise, the teacher takes the digits."""
+    from data import get_dataset
+
+    digits = get_dataset("digits").train.images[:64, 0].numpy()
+    noise = np.random.RandomState(0).randint(118, 138, (64, 32, 32), np.uint8)
+    root = tmp_path / "wild"
+    root.mkdir()
+    for i, pixels in enumerate([*digits, *noise]):
+        Image.fromarray(pixels).save(root / f"{i:03}.png")
+    args = DFND_train.parse_args(["--wild", str(root), "--num_select", "32", "--checkpoints",
+                                  str(checkpoints)])
+    result = run("--wild", root, "--num_select", 32, "--batch_size", 16, "--n_epochs", 1,
+                 "--checkpoints", checkpoints, "--out", tmp_path / "runs")
+    scan = next((tmp_path / "runs" / "wild_scans").iterdir())
+    rows = DFND_train.select(checkpoint.read(scan), args)
+    assert result["selected"] == 32 and (rows < 64).float().mean() > 0.9
+
+
+def test_the_accuracy_in_the_matrix(wild, tmp_path, checkpoints):
+    common = ("--wild", wild, "--out", tmp_path, "--n_epochs", 1, *SHORT[2:])
+    content = checkpoint.read(checkpoints / "digits-lenet5.pt")
+    known = run(*common, "--checkpoints", checkpoints)
+    assert known["accuracy_in_Q"] == pytest.approx(content["card"]["accuracy"] / 100)
+    assert run(*common, "--checkpoints", checkpoints, "--teacher_acc", 0.9)["accuracy_in_Q"] == 0.9
+    bare = tmp_path / "bare.pt"
+    checkpoint.save(content["state_dict"], bare)
+    estimated = run(*common, "--teacher_ckpt", bare)
+    assert 0.1 <= estimated["accuracy_in_Q"] <= 1
+    assert "does not say how good" in (tmp_path / estimated["name"] / "log.txt").read_text()
+
+
+def test_wild_stats_change_what_the_teacher_sees(wild, tmp_path, checkpoints):
+    common = ("--wild", wild, "--checkpoints", checkpoints, "--out", tmp_path, *SHORT)
+    run(*common)
+    run(*common, "--wild_stats", "imagenet")
+    a, b = (checkpoint.read(path)["values"] for path in (tmp_path / "wild_scans").iterdir())
+    assert not torch.equal(a, b)
+
+
+def test_wild_sets_that_cannot_be_used(wild, tmp_path, checkpoints, refused):
+    common = ("--checkpoints", checkpoints, "--out", tmp_path / "runs")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    damaged = tmp_path / "damaged.zip"
+    damaged.write_bytes(zipped(wild, tmp_path / "w.zip").read_bytes()[:2000])
+    for flags, words in (
+        ((), "--wild is missing"),
+        (("--wild", tmp_path / "nowhere"), "does not exist"),
+        (("--wild", empty), "no images in wild set"),
+        (("--wild", damaged), "is damaged or no zip file"),
+        (("--wild", wild, "--num_select", 30), "has 29 images, fewer than --num_select 30"),
+        (("--wild", wild, "--num_select", 27), "has 26 images that can be read, fewer than"),
+        (("--wild", "mnist", "--data_root", empty), "mnist"),
+        (("--wild", wild, "--teacher_acc", 1.5), "at most 1"),
+    ):
+        assert words in refused(DFND_train, *common, *flags)
+    folder = tmp_path / "rubbish"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.png").write_text("no image")
+    error = refused(DFND_train, *common, "--wild", folder, "--selection", "all")
+    assert "has 0 images that can be read" in error
+
+
+def test_a_name_of_a_wild_set_that_vanishes_is_a_data_error(wild, tmp_path):
+    split, _ = get_wild(str(wild), ".", 32, 3)
+    split = split.take(torch.tensor([0]))
+    split.root = tmp_path
+    with pytest.raises(DataError, match="cannot read image"):
+        split.decode()

@@ -116,7 +116,7 @@ PAIRS = dict.fromkeys(DATASETS, ("wrn40_2", "wrn16_1")) | {
 # LeNet-5 has no BatchNorm and diverges at the published learning rates.
 GREY = dict(n_epochs=80, warmup=4, ep_steps=100, lr=0.01)
 SMALL = {
-    "digits": GREY | dict(n_epochs=60, ep_steps=40, batch_size=128, synthesis_batch_size=128),
+    "digits": GREY | dict(n_epochs=120, ep_steps=40, batch_size=128, synthesis_batch_size=128),
     "mnist": GREY, "fashion-mnist": GREY,
 }
 WEIGHTS = ("bn", "oh", "adv", "act", "balance", "cr", "tv", "l2")

@@ -78,6 +78,7 @@ CIFAR10 = dict(teacher="resnet34", student="resnet18", batch_size=1024, n_epochs
 PRESETS = {
     "mnist": MNIST,
     "fashion-mnist": MNIST,
+    "usps": MNIST,
     "cifar10": CIFAR10,
     "cifar100": CIFAR10 | dict(oh=0.5, ie=20.0, a=0.1),
     "svhn": CIFAR10,

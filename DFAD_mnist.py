@@ -26,7 +26,7 @@ from models import MODELS, agree_on_size, get_generator, get_model
 MNIST = dict(teacher="lenet5", student="lenet5_half", batch_size=512, n_epochs=40, epoch_itrs=50,
              k=5, lr_S=0.01, lr_G=1e-3, optimizer_G="adam", weight_decay=1e-4, nz=100,
              milestones=[0.2, 0.4])
-PRESETS = {"mnist": MNIST, "fashion-mnist": MNIST,
+PRESETS = {"mnist": MNIST, "fashion-mnist": MNIST, "usps": MNIST,
            "digits": MNIST | dict(batch_size=128, n_epochs=10)}
 
 

@@ -74,7 +74,7 @@ CIFAR = dict(teacher="resnet34", student="resnet18", num_select=600_000, batch_s
 GREY = CIFAR | dict(teacher="lenet5", student="lenet5_half", num_select=20_000, optimizer="adam",
                     lr=2e-3, weight_decay=0.0, n_epochs=30)
 PRESETS = {
-    "mnist": GREY, "fashion-mnist": GREY,
+    "mnist": GREY, "fashion-mnist": GREY, "usps": GREY,
     "digits": GREY | dict(num_select=5_000, batch_size=128, n_epochs=20),
     "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR, "folder": CIFAR,
     "caltech101": CIFAR | dict(teacher="resnet34_imagenet", student="resnet18_imagenet",

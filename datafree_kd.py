@@ -110,14 +110,15 @@ FAST_BY_TEACHER = {"resnet34": dict(adv=1.33, oh=0.5), "vgg11": dict(adv=1.0, oh
 FAST_BY_STEPS = {2: dict(lr_z=0.015, lr_g=5e-3), 5: dict(lr_z=0.01, lr_g=3e-3)}
 PAIRS = dict.fromkeys(DATASETS, ("wrn40_2", "wrn16_1")) | {
     "digits": ("lenet5", "lenet5_half"), "mnist": ("lenet5", "lenet5_half"),
-    "fashion-mnist": ("lenet5", "lenet5_half"), "celeba": ("alexnet", "alexnet_half"),
+    "fashion-mnist": ("lenet5", "lenet5_half"), "usps": ("lenet5", "lenet5_half"),
+    "celeba": ("alexnet", "alexnet_half"),
     "caltech101": ("resnet34_imagenet", "resnet18_imagenet"),
 }
 # LeNet-5 has no BatchNorm and diverges at the published learning rates.
 GREY = dict(n_epochs=80, warmup=4, ep_steps=100, lr=0.01)
 SMALL = {
     "digits": GREY | dict(n_epochs=120, ep_steps=40, batch_size=128, synthesis_batch_size=128),
-    "mnist": GREY, "fashion-mnist": GREY,
+    "mnist": GREY, "fashion-mnist": GREY, "usps": GREY,
 }
 WEIGHTS = ("bn", "oh", "adv", "act", "balance", "cr", "tv", "l2")
 CRITERIA = {"kl": kd_loss, "l1": lambda s_logits, t_logits, T: l1_loss(s_logits, t_logits)}

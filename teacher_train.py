@@ -65,7 +65,7 @@ def default_recipe(model, dataset):
         return "celeba"
     if dataset == "caltech101":
         return "dfad-caltech101"
-    if dataset in ("mnist", "fashion-mnist"):
+    if dataset in ("mnist", "fashion-mnist", "usps"):
         return "dafl-mnist"
     return "dafl" if model in ("resnet18", "resnet34", "resnet50") else "fast"
 

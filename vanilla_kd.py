@@ -49,7 +49,7 @@ CIFAR = dict(teacher="wrn40_2", student="wrn16_1", optimizer="sgd", lr=0.1, weig
 GREY = dict(teacher="lenet5", student="lenet5_half", optimizer="adam", lr=1e-3, weight_decay=0.0,
             batch_size=256, n_epochs=10, milestones=[])
 PRESETS = {
-    "mnist": GREY, "fashion-mnist": GREY,
+    "mnist": GREY, "fashion-mnist": GREY, "usps": GREY,
     "digits": GREY | dict(lr=2e-3, batch_size=64, n_epochs=40),
     "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR, "folder": CIFAR,
     "caltech101": CIFAR | dict(teacher="resnet34_imagenet", student="resnet18_imagenet"),

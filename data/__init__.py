@@ -54,6 +54,8 @@ SOURCES = {
     "cifar10": Source(sources.load_cifar10, 32, 3, CIFAR10_MEAN, CIFAR10_STD, True, True),
     "cifar100": Source(sources.load_cifar100, 32, 3, CIFAR100_MEAN, CIFAR100_STD, True, True),
     "svhn": Source(sources.load_svhn, 32, 3, HALF, HALF),
+    # Only as a transfer set of MNIST in the papers, so with its statistics.
+    "usps": Source(sources.load_usps, 32, 1, (0.1307,), (0.3081,)),
     "celeba": Source(sources.load_celeba, 224, 3, HALF, HALF, flip=True),
     "caltech101": Source(sources.load_caltech101, 128, 3, HALF, HALF, flip=True),
     "folder": Source(load_folder, None, 3, None, None, True, True),

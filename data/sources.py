@@ -112,6 +112,27 @@ def load_svhn(root: Path, download: bool, attribute: str | None) -> Raw:
     return _find_or_download("svhn", find, fetch, " and ".join(files), places, root, download)
 
 
+def load_usps(root: Path, download: bool, attribute: str | None) -> Raw:
+    """J. Hull 1994: 7,291 + 2,007 handwritten digits of envelopes, 16x16, grey."""
+    places = [root, root / "usps"]
+    files = ("usps.bz2", "usps.t.bz2")
+
+    def find() -> Raw | None:
+        for place in places:
+            if all((place / file).exists() for file in files):
+                with _damage_is_reported(place / "usps*.bz2"):
+                    found = [datasets.USPS(place, train) for train in (True, False)]
+                pairs = (_tensors(s.data[:, None], s.targets) for s in found)
+                return Raw(*pairs, tuple("0123456789"))
+        return None
+
+    def fetch(folder: Path, download: bool) -> None:
+        for train in (True, False):
+            datasets.USPS(folder, train, download=download)
+
+    return _find_or_download("usps", find, fetch, " and ".join(files), places, root, download)
+
+
 def load_celeba(root: Path, download: bool, attribute: str | None) -> Raw:
     """Z. Liu et al. 2015: 162,770 + 19,962 aligned faces (the validation part is not used).
 

@@ -1,6 +1,7 @@
 """data/: every source in its on-disk layout (miniature), folders, the cache, batches, errors."""
 
 import ast
+import bz2
 import gzip
 import os
 import pickle
@@ -483,6 +484,23 @@ def test_cifar10_as_class_folders(tmp_path, place):
 
 
 # --- SVHN, CelebA ----------------------------------------------------------------------------
+
+
+def test_usps(tmp_path):
+    pixels = noise(12, 16, 16)
+    for name in ("usps.bz2", "usps.t.bz2"):
+        lines = [f"{i % 10 + 1} " + " ".join(f"{j}:{v / 127.5 - 1:.7f}" for j, v in
+                                             enumerate(x.flatten(), 1))
+                 for i, x in enumerate(pixels)]
+        (tmp_path / name).write_bytes(bz2.compress("\n".join(lines).encode()))
+    d = get_dataset("usps", tmp_path, img_size=16)
+    assert (len(d.train), len(d.test), d.channels) == (12, 12, 1)
+    assert d.test.labels.tolist() == [*range(10), 0, 1]
+    # torchvision cuts off what it computes from the file's rounded numbers.
+    assert (d.train.images[:, 0].int() - torch.from_numpy(pixels).int()).abs().max() <= 1
+    whole = (tmp_path / "usps.bz2").read_bytes()
+    (tmp_path / "usps.bz2").write_bytes(whole[:len(whole) // 2])
+    expect_error("damaged", name="usps", root=tmp_path)
 
 
 def test_svhn(tmp_path, monkeypatch):

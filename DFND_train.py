@@ -331,9 +331,7 @@ def main(args):
                         Path(args.out) / "wild_scans", run.log)
     rows = select(found, args)
     report(run, split, found, rows, data.class_names)
-    images = split.take(rows)
-    if len(rows) * data.channels * data.img_size**2 <= args.memory * 2**30:
-        images = (images.decode() if hasattr(images, "decode") else images).to(runtime.device)
+    images = split.take(rows).held(args.memory * 2**30).to(runtime.device)
     batches = images.batches(args.batch_size, shuffle=True, device=runtime.device,
                              drop_last=len(images) % args.batch_size == 1)
     accuracy = args.teacher_acc or card.get("accuracy", math.nan) / 100

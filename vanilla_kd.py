@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import DATASETS, DataError, TensorSplit, get_dataset, get_images
+from data import DATASETS, DataError, get_dataset, get_wild
 from datafree import checkpoint
 from datafree.augment import Transform
 from datafree.log import Run, evaluate_checkpoint
@@ -56,6 +56,7 @@ PRESETS = {
     "celeba": CIFAR | dict(teacher="alexnet", student="alexnet_half", optimizer="adam", lr=1e-4,
                            weight_decay=0.0, n_epochs=20),
 }
+IN_MEMORY = 2**32  # bytes of decoded images above which a folder is read anew in each epoch
 OTHER_DATA = ("KD-REL", "KD-UNR", "KD alternative data (USPS)", "KD alternative data (similar)")
 
 
@@ -65,7 +66,7 @@ def parse_args(argv=None):
                    help="the teacher's data set (default: %(default)s)")
     p.add_argument("--transfer_set", default="original", metavar="SET",
                    help="original, noise, another data set (" + ", ".join(DATASETS) + "), or a "
-                   "folder of images at any depth (default: %(default)s)")
+                   "folder or zip of images at any depth (default: %(default)s)")
     p.add_argument("--scratch", action="store_true",
                    help="no teacher: the same as --alpha 0 --beta 1")
     p.add_argument("--transfer_root", metavar="DIR", help="where that other data set is "
@@ -96,10 +97,6 @@ def parse_args(argv=None):
     args.argv = argv
     fill_defaults(args, PRESETS[args.dataset])
     args.img_size = p.image_size((args.teacher, args.student), args.img_size, agree_on_size)
-    known = args.transfer_set in ("original", "noise", *DATASETS)
-    if not known and not Path(args.transfer_set).is_dir():
-        p.error(f"--transfer_set {args.transfer_set} is neither a folder nor one of original, "
-                "noise, " + ", ".join(DATASETS))
     if args.scratch:
         args.alpha, args.beta = 0.0, 1.0
     if args.beta and args.transfer_set != "original":
@@ -146,14 +143,11 @@ def train_epoch(teacher, student, optimizer, batches, transform, args, runtime, 
 
 
 def transfer_images(args, data):
-    """The split of images that --transfer_set names, other than noise."""
+    """The split of images that --transfer_set names, other than noise; a folder's undecoded."""
     if args.transfer_set == "original":
         return data.train
-    if args.transfer_set in DATASETS:
-        return get_dataset(args.transfer_set, args.transfer_root or args.data_root,
-                           img_size=data.img_size, channels=data.channels).train
-    images = get_images(args.transfer_set, data.img_size, data.channels)
-    return TensorSplit(images, torch.zeros(len(images), dtype=torch.int64))
+    return get_wild(args.transfer_set, args.transfer_root or args.data_root, data.img_size,
+                    data.channels)[0]
 
 
 def main(args):
@@ -167,6 +161,7 @@ def main(args):
     name = f"vanilla_kd-{args.dataset}-{args.teacher}-{args.student}-{source}"
     if args.evaluate_only:
         return evaluate_checkpoint(args, name, student, args.student, data, runtime)
+    images = None if args.transfer_set == "noise" else transfer_images(args, data)
     teacher, card = checkpoint.load_teacher(args, get_model, data) if taught else (None, None)
     runtime.place(student, *([teacher] if taught else []))
     transform = Transform.of(data, card)
@@ -175,7 +170,7 @@ def main(args):
         batches = Noise(len(data.train), args.batch_size, shape, runtime.device)
         transfer = None
     else:
-        transfer, images = transform, transfer_images(args, data).to(runtime.device)
+        transfer, images = transform, images.held(IN_MEMORY).to(runtime.device)
         batches = images.batches(args.batch_size, shuffle=True, device=runtime.device,
                                  drop_last=len(images) % args.batch_size == 1)
     run = Run(args, name, runtime)

@@ -72,6 +72,10 @@ class TensorSplit:
         rows = rows.to(self.images.device)
         return TensorSplit(self.images[rows], self.labels[rows])
 
+    def held(self, limit: float) -> "TensorSplit":
+        """Itself, as `FileSplit.held`."""
+        return self
+
     def scan(self, batch_size: int, device) -> Iterator[tuple[Tensor, list[tuple[int, str]]]]:
         """One pass in order: images on `device`, and no unreadable ones, as `FileSplit.scan`."""
         for images, _ in self.batches(batch_size, device=device):
@@ -113,6 +117,11 @@ class FileSplit:
         paths = self.paths[rows.numpy()] if isinstance(self.paths, np.ndarray) else [
             self.paths[row] for row in rows.tolist()]
         return replace(self, paths=paths, labels=self.labels[rows])
+
+    def held(self, limit: float) -> "TensorSplit | FileSplit":
+        """The split decoded, if its pixels fit into `limit` bytes, else as it is."""
+        fits = len(self) * self.channels * self.img_size**2 <= limit
+        return self.decode() if fits else self
 
     def source(self, row: int):
         """What ``decode`` reads: the path of a file, or a file object."""

@@ -54,9 +54,9 @@ def open_wild(root: Path, img_size: int, channels: int) -> tuple[WildSplit, str]
                 files = [(os.fsencode(i.filename), i.file_size, i.CRC) for i in archive.infolist()]
         else:
             what = "is damaged or no zip file" if root.exists() else "does not exist"
-            raise DataError(f"wild set {root} {what}: name a folder, a zip or a data set")
+            raise DataError(f"image set {root} {what}: name a folder, a zip or a data set")
     except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"cannot read wild set {root} ({one_line(error)}): check it") from None
+        raise DataError(f"cannot read image set {root} ({one_line(error)}): check it") from None
     endings = tuple(os.fsencode(suffix) for suffix in SUFFIXES)
     files = sorted(
         file for file in files
@@ -64,7 +64,7 @@ def open_wild(root: Path, img_size: int, channels: int) -> tuple[WildSplit, str]
         and not any(part.startswith((b".", b"__MACOSX")) for part in file[0].split(b"/"))
     )
     if not files:
-        raise DataError(f"no images in wild set {root}: it needs files such as "
+        raise DataError(f"no images in {root}: it needs files such as "
                         + " ".join(SUFFIXES))
     digest = hashlib.sha256()
     for file in files:

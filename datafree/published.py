@@ -14,11 +14,13 @@ NETWORKS = {
     "resnet18_imagenet": ("ResNet-18",), "resnet34_imagenet": ("ResNet-34",),
     "deeplabv3_resnet50": ("DeepLabv3-ResNet-50 (ImageNet)",),
     "deeplabv3_mobilenet": ("DeepLabv3-MobileNetv2",),
+    "resnet50_imagenet": ("ResNet-50",), "mobilenetv2": ("MobileNetv2",),
     "vgg11": ("VGG-11",), "wrn16_1": ("WRN16-1",), "wrn16_2": ("WRN16-2",),
     "wrn40_1": ("WRN40-1",), "wrn40_2": ("WRN40-2",),
 }
 DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "celeba": "CelebA",
-            "caltech101": "Caltech101", "camvid": "CamVid", "nyuv2": "NYUv2"}
+            "caltech101": "Caltech101", "camvid": "CamVid", "nyuv2": "NYUv2",
+            "imagenet": "ImageNet"}
 SCRATCH = ("Student scratch", "Student")
 
 

@@ -210,7 +210,7 @@ def test_wild_sets_that_cannot_be_used(wild, tmp_path, checkpoints, refused):
     for flags, words in (
         ((), "--wild is missing"),
         (("--wild", tmp_path / "nowhere"), "does not exist"),
-        (("--wild", empty), "no images in wild set"),
+        (("--wild", empty), "no images in"),
         (("--wild", damaged), "is damaged or no zip file"),
         (("--wild", wild, "--num_select", 30), "has 29 images, fewer than --num_select 30"),
         (("--wild", wild, "--num_select", 27), "has 26 images that can be read, fewer than"),

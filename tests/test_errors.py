@@ -22,13 +22,14 @@ import quickstart
 import teacher_train
 import teacher_train_seg
 import vanilla_kd
+import vanilla_kd_seg
 from datafree import checkpoint, runtime
 from models import get_model
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [DAFL_train, teacher_train, vanilla_kd, datafree_kd]
 DFAD = [DFAD_mnist, DFAD_cifar, DFAD_caltech101, DFAD_camvid_deeplab, DFAD_nyu_deeplab,
-        teacher_train_seg]
+        teacher_train_seg, vanilla_kd_seg]
 PARSERS = [*SCRIPTS, *DFAD, DFND_train, quickstart, bench]
 
 
@@ -92,7 +93,7 @@ def test_impossible_combinations(refused):
         (DAFL_train, ("--teacher", "hintonnet"), "lenet5_half takes images of 32 pixels, not 28"),
         (vanilla_kd, ("--transfer_set", "noise", "--beta", "1"), "labels"),
         (vanilla_kd, ("--alpha", "0"), "nothing would be learnt"),
-        (vanilla_kd, ("--transfer_set", "no/such/folder"), "neither a folder nor one of"),
+        (vanilla_kd, ("--transfer_set", "no/such/folder"), "does not exist: name a folder"),
         (vanilla_kd, ("--transfer_set", "noise", "--scratch"), "labels"),
     ):
         assert words in refused(script, *flags)

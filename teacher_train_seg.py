@@ -16,10 +16,7 @@ network is there, or read from --backbone_weights; otherwise everything is train
 which costs many points of mIoU on a few hundred images. The line at the start says which.
 """
 
-import socket
-
 import torch.nn.functional as F
-from torchvision.models import ResNet50_Weights
 
 from data import SEGMENTATIONS, DataError, get_segmentation
 from datafree import checkpoint
@@ -44,7 +41,6 @@ from models import SEGMENTERS, get_segmenter
 
 CAMVID = dict(lr=0.1, weight_decay=5e-4, batch_size=16, n_epochs=200, milestones=[0.5])
 PRESETS = {"camvid": CAMVID, "nyuv2": CAMVID | dict(lr=0.05)}
-DOWNLOAD_TIMEOUT = 20  # seconds without a byte
 
 
 def parse_args(argv=None):
@@ -114,16 +110,12 @@ def load_backbone(model, args):
         path = args.backbone_weights
         state = checkpoint.weights(checkpoint.read(path), path)
     elif args.model == "deeplabv3_resnet50":
-        timeout = socket.getdefaulttimeout()
         try:
-            socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-            state = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(progress=False)
-        except Exception as error:  # whatever urllib, the hub or the disk raise
-            return (f"ImageNet weights could not be had ({type(error).__name__}): backbone from "
-                    "scratch, which costs many points; --backbone_weights FILE brings them")
-        finally:
-            socket.setdefaulttimeout(timeout)
-        path = "torchvision's ResNet50_Weights.IMAGENET1K_V1"
+            state = checkpoint.fetch("resnet50_imagenet")
+        except UsageError as error:
+            return (f"{error}; backbone from scratch, which costs many points: --backbone_weights "
+                    "FILE brings them, too")
+        path = f"torchvision's {checkpoint.PRETRAINED['resnet50_imagenet']}"
     else:
         return f"no ImageNet weights are known for {args.model}: backbone from scratch"
     own = getattr(model, "backbone", model).state_dict()

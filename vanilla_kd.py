@@ -53,6 +53,8 @@ PRESETS = {
     "digits": GREY | dict(lr=2e-3, batch_size=64, n_epochs=40),
     "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR, "folder": CIFAR,
     "caltech101": CIFAR | dict(teacher="resnet34_imagenet", student="resnet18_imagenet"),
+    "imagenet": CIFAR | dict(teacher="resnet50_imagenet", student="resnet18_imagenet",
+                             batch_size=100),
     "celeba": CIFAR | dict(teacher="alexnet", student="alexnet_half", optimizer="adam", lr=1e-4,
                            weight_decay=0.0, n_epochs=20),
 }

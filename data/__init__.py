@@ -1,7 +1,7 @@
 """Datasets as uint8 batches on a device: ``get_dataset(name)`` is the way in.
 
 Images come out unaugmented and unnormalised; ``mean``, ``std``, ``padding`` and ``flip`` say
-what the caller should do with them. To add a dataset, write a loader (sources.py has nine)
+what the caller should do with them. To add a dataset, write a loader (sources.py has ten)
 and give it a row in ``SOURCES``.
 """
 
@@ -58,6 +58,8 @@ SOURCES = {
     "usps": Source(sources.load_usps, 32, 1, (0.1307,), (0.3081,)),
     "celeba": Source(sources.load_celeba, 224, 3, HALF, HALF, flip=True),
     "caltech101": Source(sources.load_caltech101, 128, 3, HALF, HALF, flip=True),
+    # The published training crop is a random resized one.
+    "imagenet": Source(sources.load_imagenet, 224, 3, IMAGENET_MEAN, IMAGENET_STD, True, True),
     "folder": Source(load_folder, None, 3, None, None, True, True),
 }
 DATASETS = tuple(SOURCES)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def load_folder(root: Path, download: bool, attribute: str | None) -> Raw:
             f"class '{odd[0]}' is in {root / has} but not in {root / lacks}: "
             "both splits need the same class folders"
         )
-    return Raw(_list(root / "train"), _list(root / "test"), tuple(names["train"]), root)
+    splits = (list_split(root / split, names["train"]) for split in ("train", "test"))
+    return Raw(*splits, tuple(names["train"]), root)
 
 
 def class_folders(split: Path) -> list[str]:
@@ -84,9 +86,13 @@ def images_below(folder: Path) -> list[Path]:
     )
 
 
-def _list(split: Path) -> FileSplit:
+def list_split(split: Path, names: Sequence[str]) -> FileSplit:
+    """The files of these class folders of a split's folder, labelled by their order.
+
+    Raises DataError where a class has no images.
+    """
     paths, labels = [], []
-    for label, name in enumerate(class_folders(split)):
+    for label, name in enumerate(names):
         found = images_below(split / name)
         if not found:
             raise DataError(

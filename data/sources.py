@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torchvision import datasets
 
-from .folder import Raw, class_folders, images_below, load_folder
+from .folder import Raw, class_folders, images_below, list_split, load_folder
 from .splits import DataError, FileSplit, TensorSplit, one_line
 
 DIGITS_TEST_PER_CLASS = 50
@@ -198,6 +198,26 @@ def _read_caltech101(place: Path) -> Raw:
             labels[part].extend([label] * len(found))
     splits = (FileSplit(p, torch.tensor(n)) for p, n in zip(paths, labels, strict=True))
     return Raw(*splits, names, place)
+
+
+def load_imagenet(root: Path, download: bool, attribute: str | None) -> Raw:
+    """O. Russakovsky et al. 2015, ILSVRC 2012: 1,281,167 + 50,000 images of 1,000 classes.
+
+    From ``{train,val}/<class>/`` (or ``test`` for ``val``), never downloaded. The classes are the
+    folders that both splits have, sorted by name, which is the published order of the labels.
+    """
+    places = [root / "imagenet", root]
+    for place in places:
+        for folder in (place / "val", place / "test"):
+            names = sorted({*class_folders(place / "train")} & {*class_folders(folder)})
+            if names:
+                splits = (list_split(split, names) for split in (place / "train", folder))
+                return Raw(*splits, tuple(names), place)
+    raise DataError(
+        f"no imagenet: looked for train/<class>/ and val/<class>/ in {places[0]} and {places[1]}; "
+        "it is not downloaded: register at image-net.org and put the images there, those for "
+        "validation into class folders of the same names, too"
+    )
 
 
 def _read_celeba(place: Path, attribute: str | None) -> Raw:

@@ -4,6 +4,8 @@ Random numbers come from the global generator of the images' device, so that a c
 holds the generator states reproduces a run.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -49,26 +51,56 @@ def random_flip(x):
     return torch.where(flip, x.flip(-1), x)
 
 
+def random_resized_crop(x, area):
+    """Cut a box from each image of x (N, C, H, W), as floats, and stretch it to the full size.
+
+    Equal in distribution to torchvision's `RandomResizedCrop((H, W), scale=(area, 1))`: a share of
+    the area from `area` to 1, a ratio of the sides from 3/4 to 4/3, drawn again (ten times at most,
+    then it is the whole of a square image) where such a box does not fit.
+    """
+    x = x if x.is_floating_point() else x.float()
+    n, _, height, width = x.shape
+    u, places = torch.rand(2, 10, n, device=x.device), torch.rand(2, n, device=x.device)
+    pixels = (area + (1 - area) * u[0]) * (height * width)
+    ratio = torch.exp(math.log(4 / 3) * (2 * u[1] - 1))
+    rows, columns = (pixels / ratio).sqrt().round(), (pixels * ratio).sqrt().round()
+    fits = (rows > 0) & (rows <= height) & (columns > 0) & (columns <= width)
+    first = fits.int().argmax(0, keepdim=True)
+    axes = []
+    for side, lengths, place in zip((height, width), (rows, columns), places, strict=True):
+        length = torch.where(fits.any(0), lengths.gather(0, first)[0], side)[:, None]
+        start = (place[:, None] * (side - length + 1)).floor()
+        # Centres of the new pixels in the old image; outwards the box's border repeats.
+        centres = (torch.arange(side, device=x.device) + 0.5) * length / side - 0.5
+        centres = centres.clamp(min=0).minimum(length - 1) + start
+        axes.append((2 * centres + 1) / side - 1)
+    grid = torch.stack([axes[1][:, None, :].expand(n, height, width),
+                        axes[0][:, :, None].expand(n, height, width)], dim=3)
+    return F.grid_sample(x, grid.to(x.dtype), align_corners=False, padding_mode="border")
+
+
 class Transform:
     """uint8 images, as the data sets hold them, to what the networks take.
 
     Args:
         mean, std: one value per channel, of pixels in 0..1.
         padding, flip: the train transform's random crop and mirroring; 0 and False for none.
+        area: instead of that crop, a random resized one of at least this share of the image.
     """
 
-    def __init__(self, mean, std, padding=0, flip=False):
+    def __init__(self, mean, std, padding=0, flip=False, area=None):
         self.mean, self.std, self.padding, self.flip = mean, std, padding, flip
-        self.tensors = {}
+        self.area, self.tensors = area, {}
 
     @classmethod
-    def of(cls, data, card=None):
+    def of(cls, data, card=None, area=None):
         """The transform of a data set, for a network whose checkpoint has this card, if any.
 
         A network must meet images with the statistics that it was trained with, the card's.
         """
         card = card or {}
-        return cls(card.get("mean", data.mean), card.get("std", data.std), data.padding, data.flip)
+        return cls(card.get("mean", data.mean), card.get("std", data.std), data.padding, data.flip,
+                   area)
 
     def __call__(self, x, train=False):
         """(N, C, H, W) uint8 -> float32, normalised, channels_last; augmented if `train`."""
@@ -77,7 +109,9 @@ class Transform:
 
     def augment(self, x):
         """The train transform's random crop and mirroring of images x (N, C, H, W)."""
-        if self.padding:
+        if self.area:
+            x = random_resized_crop(x, self.area)
+        elif self.padding:
             x = random_crop(x, self.padding)
         return random_flip(x) if self.flip else x
 

@@ -3,12 +3,28 @@
 import io
 import os
 import pickle
+import socket
 import warnings
 from pathlib import Path
 
 import torch
+from torchvision.models import (
+    MobileNet_V2_Weights,
+    ResNet18_Weights,
+    ResNet34_Weights,
+    ResNet50_Weights,
+)
 
 from datafree.runtime import UsageError
+
+DOWNLOAD_TIMEOUT = 20  # seconds without a byte
+# ImageNet's weights of the models that torchvision has under the same parameter names.
+PRETRAINED = {
+    "resnet18_imagenet": ResNet18_Weights.IMAGENET1K_V1,
+    "resnet34_imagenet": ResNet34_Weights.IMAGENET1K_V1,
+    "resnet50_imagenet": ResNet50_Weights.IMAGENET1K_V1,
+    "mobilenetv2": MobileNet_V2_Weights.IMAGENET1K_V1,
+}
 
 
 def save(state, path):
@@ -94,6 +110,25 @@ def load_weights(model, content, path, architecture):
                          "the architecture that it was trained with")
 
 
+def fetch(model):
+    """The state dict of `model` in PRETRAINED: downloaded once, by torch.hub.
+
+    Raises:
+        UsageError: it could not be had.
+    """
+    pretrained = PRETRAINED[model]
+    timeout = socket.getdefaulttimeout()
+    try:
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+        return pretrained.get_state_dict(progress=False)
+    except Exception as error:  # whatever urllib, the hub or the disk raise
+        raise UsageError(f"{pretrained} could not be had ({type(error).__name__}): run once with a "
+                         f"network, or put {pretrained.url} into "
+                         f"{Path(torch.hub.get_dir()) / 'checkpoints'}") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
 def rng_state():
     """The states of every random generator that a run draws from."""
     return {"cpu": torch.get_rng_state(),
@@ -140,9 +175,10 @@ def load_teacher(args, build, data, script="teacher_train.py"):
     path = Path(args.teacher_ckpt or teacher_file(args.checkpoints, args.dataset, args.teacher))
     path = path / "best.pt" if path.is_dir() else path
     if not path.exists():
+        ready = args.dataset == "imagenet" and args.teacher in PRETRAINED
         raise UsageError(f"teacher {path} does not exist: make it with `python {script} "
-                         f"--dataset {args.dataset} --model {args.teacher}`, or give "
-                         "--teacher_ckpt FILE")
+                         f"--dataset {args.dataset} --model {args.teacher}"
+                         f"{' --pretrained' * ready}`, or give --teacher_ckpt FILE")
     content = read(path)
     teacher = build(args.teacher, data.num_classes, data.channels)
     load_weights(teacher, content, path, args.teacher)

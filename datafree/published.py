@@ -21,7 +21,7 @@ NETWORKS = {
 DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "celeba": "CelebA",
             "caltech101": "Caltech101", "camvid": "CamVid", "nyuv2": "NYUv2",
             "imagenet": "ImageNet"}
-SCRATCH = ("Student scratch", "Student")
+SCRATCH = ("Student scratch", "Student", "Scratch")
 
 
 def published(dataset, methods, teacher=None, student=None):

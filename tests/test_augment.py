@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from datafree.augment import Transform, random_crop, random_flip
+from datafree.augment import Transform, random_crop, random_flip, random_resized_crop
 
 
 def counts(images):
@@ -37,6 +37,48 @@ def test_flip_is_torchvisions():
     flip = v2.RandomHorizontalFlip()
     assert_same_distribution(random_flip(image.expand(1000, 1, 2, 3)), [flip(image)
                                                                        for _ in range(1000)])
+
+
+def test_resized_crop_is_torchvisions():
+    """The same boxes as often as there, and of the same box the same image."""
+    torch.manual_seed(0)
+    n, area = 4000, 0.6
+    # Bilinear in its coordinates, so that a crop's corners tell its box.
+    ramp = torch.stack(torch.meshgrid(torch.arange(6.0), torch.arange(6.0), indexing="ij"))
+    crops = random_resized_crop(ramp.expand(n, 2, 6, 6), area)
+    boxes = []
+    for _ in range(n):
+        top, left, height, width = v2.RandomResizedCrop(6, (area, 1)).make_params([ramp]).values()
+        boxes.append((top, left, height, width))
+    corners = torch.tensor([(a, b, a + h - 1, b + w - 1) for a, b, h, w in boxes])
+    ours = torch.stack([crops[:, 0, 0, 0], crops[:, 1, 0, 0], crops[:, 0, -1, 0],
+                        crops[:, 1, 0, -1]], dim=1)
+    assert torch.allclose(ours, ours.round(), atol=1e-4)
+    assert_same_distribution(ours.round().to(torch.uint8), corners.to(torch.uint8))
+    image = torch.rand(2, 6, 6)
+    crops = random_resized_crop(torch.cat([ramp, image]).expand(20, 4, 6, 6), area)
+    for crop in crops:
+        (top, bottom), (left, right) = ((int(c.min().round()), int(c.max().round()) + 1)
+                                        for c in crop[:2])
+        resized = v2.functional.resize(image[:, top:bottom, left:right], [6, 6])
+        assert torch.allclose(crop[2:], resized, atol=1e-5)
+
+
+def test_resized_crop_of_bytes_and_gradients():
+    x = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8)
+    transform = Transform((0,), (1,), padding=2, area=0.5)
+    torch.manual_seed(0)
+    crops = transform(x, train=True)
+    torch.manual_seed(0)
+    assert torch.allclose(crops * 255, random_resized_crop(x, 0.5))
+    assert torch.equal(transform(x), x / 255)
+    y = torch.rand(2, 1, 6, 6, dtype=torch.float64, requires_grad=True)
+
+    def cropped(y):
+        torch.manual_seed(3)
+        return random_resized_crop(y, 0.5)
+
+    assert torch.autograd.gradcheck(cropped, (y,))
 
 
 def test_images_of_a_batch_are_cropped_apart_and_keep_their_channels():

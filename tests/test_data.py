@@ -546,6 +546,37 @@ def test_caltech101(tmp_path):
     expect_error("0 image(s)", "ant", name="caltech101", root=tmp_path)
 
 
+@pytest.mark.parametrize("place", ["", "imagenet"])
+@pytest.mark.parametrize("second", ["val", "test"])
+def test_imagenet(tmp_path, place, second):
+    root = tmp_path / place
+    # A class that only one split has does not count.
+    for split, names in (("train", ("n02", "n01", "n03")), (second, ("n01", "n02", "n04"))):
+        for name in names:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(2 if split == "train" else 1):
+                Image.fromarray(noise(20, 30, 3, seed=i)).save(folder / f"{i}.png")
+    d = get_dataset("imagenet", tmp_path, in_memory_limit=2**19)
+    assert isinstance(d.train, FileSplit) and not list(root.rglob(".datafree*"))
+    assert d.class_names == ("n01", "n02") and d.num_classes == 2
+    assert d.train.labels.tolist() == [0, 0, 1, 1] and d.test.labels.tolist() == [0, 1]
+    assert (d.img_size, d.channels, d.padding, d.flip) == (224, 3, 28, True)
+    assert d.mean == (0.485, 0.456, 0.406) and d.std == (0.229, 0.224, 0.225)
+    x, y = next(iter(d.train.batches(3)))
+    assert x.shape == (3, 3, 224, 224) and y.tolist() == [0, 0, 1]
+    small = get_dataset("imagenet", tmp_path, img_size=32)
+    assert small.train.images.shape == (4, 3, 32, 32) and small.padding == 4
+    (root / "train" / "n01" / "0.png").unlink()
+    (root / "train" / "n01" / "1.png").unlink()
+    expect_error("no images", root / "train" / "n01", name="imagenet", root=tmp_path)
+    (root / second).rename(root / "other")
+    expect_error(
+        "no imagenet", "train/<class>/ and val/<class>/", tmp_path / "imagenet",
+        name="imagenet", root=tmp_path,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def celeba(tmp_path):
     place = tmp_path / "celeba"
@@ -584,7 +615,7 @@ def test_celeba(celeba):
 # --- arguments, downloads, fingerprints ------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(set(DATASETS) - {"digits", "folder"}))
+@pytest.mark.parametrize("name", sorted(set(DATASETS) - {"digits", "folder", "imagenet"}))
 @pytest.mark.parametrize("download", [True, False])
 def test_missing_data(tmp_path, name, download, capfd):
     root = tmp_path / "datasets"

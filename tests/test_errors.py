@@ -10,8 +10,11 @@ import pytest
 import torch
 
 import bench
+import bench_scan
+import compare
 import DAFL_train
 import datafree_kd
+import datafree_kd_imagenet
 import DFAD_caltech101
 import DFAD_camvid_deeplab
 import DFAD_cifar
@@ -30,7 +33,8 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = [DAFL_train, teacher_train, vanilla_kd, datafree_kd]
 DFAD = [DFAD_mnist, DFAD_cifar, DFAD_caltech101, DFAD_camvid_deeplab, DFAD_nyu_deeplab,
         teacher_train_seg, vanilla_kd_seg]
-PARSERS = [*SCRIPTS, *DFAD, DFND_train, quickstart, bench]
+PARSERS = [*SCRIPTS, *DFAD, datafree_kd_imagenet, DFND_train, quickstart, bench, bench_scan,
+           compare]
 
 
 class Evil:
@@ -116,7 +120,7 @@ def test_image_size_that_the_generator_cannot_make(tmp_path, refused):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("dataset", ["mnist", "fashion-mnist", "cifar10", "cifar100", "svhn",
-                                     "celeba", "folder"])
+                                     "celeba", "imagenet", "folder"])
 def test_data_absent_and_no_network(script, dataset, tmp_path, refused, monkeypatch):
     def offline(*_, **__):
         raise OSError(101, "Network is unreachable")

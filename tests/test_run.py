@@ -16,6 +16,7 @@ from PIL import Image
 
 import DAFL_train
 import datafree_kd
+import datafree_kd_imagenet
 import DFAD_cifar
 import DFAD_mnist
 import DFND_train
@@ -63,6 +64,11 @@ CASES = {
     "cmi": datafree("cmi", *SMALL_GENERATOR, "--bank_size", "40", "--n_neg", "8"),
     "deepinv": datafree("deepinv"),
     "dfq": datafree("dfq", *SMALL_GENERATOR, "--kd_steps", "2"),
+    "datafree_kd_imagenet": Case(datafree_kd_imagenet, (
+        "--batch_size", "8", "--synthesis_batch_size", "8", "--dataset", "digits", "--ep_steps",
+        "2", "--kd_steps", "2", "--n_epochs", "4", "--lr", "0.01", "--sample_every", "2",
+        "--teacher", "resnet8", "--student", "resnet8", "--g_steps", "2", "--phase1_rounds", "2",
+        "--z_rounds", "4", *SMALL_GENERATOR), "datafree_kd_imagenet-digits-resnet8-resnet8"),
     "DFAD_mnist": Case(DFAD_mnist, (
         "--batch_size", "16", "--dataset", "digits", "--n_epochs", "4", "--epoch_itrs", "2", "--nz",
         "4", "--sample_every", "2", "--scheduler"), "DFAD_mnist-digits-lenet5-lenet5_half",

@@ -233,8 +233,8 @@ def test_backbone_weights_are_loaded_or_said_to_be_missing(camvid, monkeypatch, 
     def offline(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(type(teacher_train_seg.ResNet50_Weights.IMAGENET1K_V1), "get_state_dict",
-                        offline)
+    weights = checkpoint.PRETRAINED["resnet50_imagenet"]
+    monkeypatch.setattr(type(weights), "get_state_dict", offline)
     assert "could not be had" in teacher_train_seg.load_backbone(model, args)
     changed = {k: v + 1 for k, v in own.items()} | {"fc.weight": torch.zeros(1000, 2048)}
     torch.save(changed, tmp_path / "resnet50.pth")

@@ -24,6 +24,7 @@ class Fast(Synthesizer):
 
     settings = ("synthesis_batch_size", "g_steps", "lr_g", "lr_z", "bn", "oh", "adv", "bn_mmt",
                 "meta", "is_maml", "reset_l0", "reset_bn", "as_published")
+    reptile_factor = 67
 
     def __init__(self, *networks, **settings):
         super().__init__(*networks, **settings)
@@ -66,7 +67,7 @@ class Fast(Synthesizer):
             self.hooks.update()
         if self.meta and not self.is_maml:
             with torch.no_grad():
-                self._meta_step(meta_weights, [67 * (m - p) for m, p in
+                self._meta_step(meta_weights, [self.reptile_factor * (m - p) for m, p in
                                                zip(meta_weights, weights, strict=True)])
         self.best_loss, (images,) = best.loss, best.tensors
         self.pool.add(images)

@@ -1,0 +1,97 @@
+"""Times DFND's scan of a large wild set: how many images a second, and in how much memory.
+
+    python bench_scan.py                          # 100,000 thumbnails and LeNet-5
+    python bench_scan.py --images 1000000 --json scan.json
+    python bench_scan.py --teacher resnet34       # the teacher of DFND's table
+
+Writes that many 32x32 JPEG files, 200 different ones over and over, into a zip in the system's
+folder for temporary files (1.2 GB for a million), lists and scans it as DFND_train.py does, and
+removes it. Peak memory is the main process's and the largest worker's; each of these counts the
+libraries that they share.
+"""
+
+import io
+import json
+import resource
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+from torchvision.transforms.functional import to_pil_image
+from tqdm import tqdm
+
+import DFND_train
+from data import SOURCES, get_wild
+from datafree.augment import Transform
+from datafree.fold import fold_batch_norm
+from datafree.runtime import Parser, add_device_arguments, cli, device_name, number, setup
+from models import MODELS, get_model
+
+
+def parse_args(argv=None):
+    p = Parser(__doc__)
+    p.add_argument("--images", type=number(int, 1), default=100_000, help="(default: %(default)s)")
+    p.add_argument("--teacher", choices=sorted(MODELS), default="lenet5", metavar="NAME",
+                   help="one of " + ", ".join(sorted(MODELS)) + " (default: %(default)s)")
+    p.add_argument("--json", metavar="FILE", help="write the figures there too")
+    add_device_arguments(p)
+    return p.parse_args(argv)
+
+
+def write_thumbnails(path, n, different=200):
+    """A zip of n smooth random colour images, 32x32 JPEG."""
+    files = []
+    coarse = torch.rand(different, 3, 8, 8)
+    for pixels in torch.nn.functional.interpolate(coarse, size=32, mode="bicubic").clamp(0, 1):
+        buffer = io.BytesIO()
+        to_pil_image(pixels).save(buffer, "JPEG", quality=90)
+        files.append(buffer.getvalue())
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in tqdm(range(n), "writing thumbnails", leave=False, disable=None):
+            archive.writestr(f"wild/{i:08}.jpg", files[i % different])
+
+
+def peak_memory():
+    """Bytes: the main process's, and the largest finished worker's."""
+    return {name: resource.getrusage(who).ru_maxrss * 1024 for name, who in
+            (("main", resource.RUSAGE_SELF), ("worker", resource.RUSAGE_CHILDREN))}
+
+
+def main(args):
+    """Measure and print; returns the figures."""
+    runtime = setup(args)
+    grey = args.teacher.startswith("lenet5")
+    source = SOURCES["mnist" if grey else "cifar10"]
+    teacher = get_model(args.teacher, 10, source.channels).eval().requires_grad_(False)
+    runtime.place(teacher)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "wild.zip"
+        write_thumbnails(path, args.images)
+        before = peak_memory()["main"]
+        start = time.perf_counter()
+        split, _ = get_wild(str(path), ".", 32, source.channels)
+        listed = time.perf_counter() - start
+        found = DFND_train.scan(fold_batch_norm(teacher), split,
+                                Transform(source.mean, source.std), runtime)
+        scanned = time.perf_counter() - start - listed
+    if found["broken"]:
+        raise RuntimeError(f"{found['broken']} thumbnails could not be read")
+    figures = {"device": device_name(runtime.device), "torch": torch.__version__,
+               "teacher": args.teacher, "precision": runtime.precision, "images": len(split),
+               "seconds_to_list": listed, "seconds_to_scan": scanned,
+               "images_per_second": len(split) / scanned, "memory_before": before,
+               "peak_memory": peak_memory()}
+    memory = figures["peak_memory"]
+    print(f"{figures['device']}: {len(split):,} images listed in {listed:.1f} s and scanned in "
+          f"{scanned:.0f} s, {figures['images_per_second']:,.0f}/s; peak memory "
+          f"{memory['main'] / 2**30:.2f} GiB ({before / 2**30:.2f} before), a worker's "
+          f"{memory['worker'] / 2**30:.2f}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+if __name__ == "__main__":
+    cli(main, parse_args)

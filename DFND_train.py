@@ -79,6 +79,8 @@ PRESETS = {
     "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR, "folder": CIFAR,
     "caltech101": CIFAR | dict(teacher="resnet34_imagenet", student="resnet18_imagenet",
                                batch_size=64),
+    "imagenet": CIFAR | dict(teacher="resnet50_imagenet", student="resnet18_imagenet",
+                             batch_size=64),
     "celeba": CIFAR | dict(teacher="alexnet", student="alexnet_half", optimizer="adam", lr=1e-4,
                            weight_decay=0.0, batch_size=128),
 }

@@ -3,7 +3,7 @@
     python compare.py                                       # RESULTS.md, results/plots/*.png
     python compare.py --dataset MNIST --method DAFL         # a part of it, on the screen
     python compare.py --format csv                          # or json
-    python compare.py --curves runs/*/metrics.csv --out curves.png      # accuracy over time
+    python compare.py --curves runs/*/metrics.csv --out curves.png      # accuracy over epochs
 
 Reads results/**/*.json, the result.json files of finished runs, and results/paper_tables.csv. A run
 belongs to a cell if it is a run of the cell's script with the flags that make the cell what it is
@@ -62,7 +62,7 @@ def parse_args(argv=None):
     p.add_argument("--out", metavar="FILE", help="where it goes (default: RESULTS.md beside this "
                    "script, or the screen if a part or another format is asked for)")
     p.add_argument("--curves", nargs="+", metavar="FILE", help="draw the test accuracy of these "
-                   "metrics.csv files over time, and nothing else")
+                   "metrics.csv files over the epochs, and nothing else")
     args = p.parse_args(argv)
     if args.curves and not args.out:
         p.error("--curves needs --out FILE.png")
@@ -133,7 +133,7 @@ def collect(results):
                                                       "teacher", "student")},
             "paper": row["value"] if paper is None else paper,
             "paper_std": float(row["std"]) if row["std"] else None, "command": cell.command,
-            "n": 0, "note": MISSING[row["dataset"]] if cell.script else cell.reason}
+            "n": 0, "note": missing(cell)}
         groups = {}
         if cell.script:
             args = json.loads(json.dumps(cell.args(), default=str))
@@ -160,6 +160,15 @@ def collect(results):
         if not groups:
             records.append(common)
     return records, [r for r in results if r["file"] not in used]
+
+
+def missing(cell):
+    """Why a cell has no run."""
+    if cell.script is None:
+        return cell.reason
+    flags = dict(zip(cell.flags[::2], cell.flags[1::2], strict=False))
+    other = flags.get("--transfer_set", "noise") not in ("original", "noise")
+    return "needs the transfer set" if other else MISSING[cell.row["dataset"]]
 
 
 def deviations(script):
@@ -285,7 +294,8 @@ def curves(paths, out):
         if not path.is_file():
             raise UsageError(f"{path} does not exist: name the metrics.csv of a run")
     plot_accuracy(out, {p.parent.name if p.name == "metrics.csv" else
-                        p.name.removesuffix(".metrics.csv"): p for p in map(Path, paths)})
+                        p.name.removesuffix(".metrics.csv"): p for p in map(Path, paths)},
+                  over="epoch")
     print(out)
 
 

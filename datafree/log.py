@@ -384,15 +384,15 @@ class Visdom:
             "title": title, "width": round(width * scale), "height": round(height * scale)})
 
 
-def plot_accuracy(path, runs, column="accuracy"):
-    """Draw a test score over seconds: `runs` maps a label to its metrics.csv."""
+def plot_accuracy(path, runs, column="accuracy", over="seconds"):
+    """Draw a test score over seconds or epochs: `runs` maps a label to its metrics.csv."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="seconds", ylabel=f"test {column} (%)")
+    axes = figure.add_subplot(xlabel=over, ylabel=f"test {column} (%)")
     for label, source in runs.items():
         with Path(source).open(newline="") as file:
             rows = list(csv.DictReader(file))
-        axes.plot([float(r["seconds"]) for r in rows], [float(r[column]) for r in rows],
+        axes.plot([float(r[over]) for r in rows], [float(r[column]) for r in rows],
                   label=label, marker="." if len(rows) < 30 else "")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what is missing and runs all tests. Flags go to pytest (-k NAME, -x, ...).
+# Installs what is missing and runs all tests, two at a time. Flags go to pytest (-k NAME, -x, ...).
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-setup pytest
-exec "$PY" -m pytest "$@"
+setup pytest pytest-xdist
+exec "$PY" -m pytest -n 2 --dist worksteal "$@"

@@ -183,7 +183,7 @@ def log(x):
 
 def value_of(t_logits):
     """Cross-entropy (N,) of the teacher with its own arg-max: low where it is sure."""
-    return -wide(t_logits).log_softmax(1).amax(1)
+    return 0 - wide(t_logits).log_softmax(1).amax(1)  # not -0.0
 
 
 def train_epoch(teacher, student, noise, optimizer_S, optimizer_Q, batches, transform, args,

@@ -235,9 +235,9 @@ def markdown(records, others):
         scripts = dict.fromkeys(r["command"].split()[1] for r in rows if r["command"])
         for script in scripts:
             lines += deviations(script)
-    lines += ["## Runs that are no published cell", ""]
     if others:
-        lines += ["| run | last | best | Acc(T) | minutes | command | file |",
+        lines += ["## Runs that are no published cell", "",
+                  "| run | last | best | Acc(T) | minutes | command | file |",
                   "|---|---|---|---|---|---|---|"]
     for r in others:
         lines.append(f"| {r['name']} | {figure_of(r['last'])} | {figure_of(r['best'])} | "

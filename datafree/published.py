@@ -60,5 +60,7 @@ def published_classifier(dataset, model):
 
 def describe(cells):
     """'98.91 (DAFL Table 1: Teacher), 98.90 (DFAD Table 2: Teacher)', or 'none'."""
-    return ", ".join(f"{c['value']:.{2 if c['value'] > 1 else 3}f} ({c['source']} {c['table']}: {c['method']})"
-                     for c in cells) or "none"
+    def text(cell):
+        digits = 2 if cell["value"] > 1 else 3  # mIoU is published as a share
+        return f"{cell['value']:.{digits}f} ({cell['source']} {cell['table']}: {cell['method']})"
+    return ", ".join(text(cell) for cell in cells) or "none"

@@ -130,7 +130,7 @@ def load_backbone(model, args):
 def main(args):
     """Train or evaluate; returns the content of result.json."""
     runtime = setup(args)
-    data = get_segmentation(args.dataset, args.data_root)
+    data = get_segmentation(args.dataset, args.data_root, args.mean, args.std)
     model = get_segmenter(args.model, data.num_classes)
     name = f"teacher_train_seg-{args.dataset}-{args.model}"
     if args.evaluate_only:

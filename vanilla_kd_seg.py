@@ -128,7 +128,7 @@ def train_epoch(teacher, student, optimizer, batches, runtime, tick):
 def main(args):
     """Distil or evaluate; returns the content of result.json."""
     runtime = setup(args)
-    data = get_segmentation(args.dataset, args.data_root)
+    data = get_segmentation(args.dataset, args.data_root, args.mean, args.std)
     student = get_segmenter(args.student, data.num_classes)
     source = Path(args.transfer_set).expanduser().absolute()
     name = f"vanilla_kd_seg-{args.dataset}-{args.teacher}-{args.student}-{source.name}"

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from . import sources
 from .folder import Raw, fingerprint, get_images, load_folder, open_files, side_of
 from .segmentation import SEGMENTATIONS, Segmentation, get_segmentation
-from .splits import LUMA, DataError, FileSplit, TensorSplit, one_line
+from .splits import LUMA, DataError, FileSplit, TensorSplit, one_line, per_channel
 from .wild import open_wild
 
 __all__ = [
@@ -126,7 +126,7 @@ def get_dataset(
         raise DataError(f"channels is {channels}: choose 1 or 3")
     if img_size is not None and img_size < 1:
         raise DataError(f"img_size is {img_size}: choose at least 1 pixel")
-    mean, std = _per_channel("mean", mean, channels), _per_channel("std", std, channels)
+    mean, std = per_channel("mean", mean, channels), per_channel("std", std, channels)
 
     try:
         raw = source.load(Path(root).expanduser(), download, attribute)
@@ -175,19 +175,6 @@ def get_wild(source: str, root: str | Path, img_size: int, channels: int):
 def imagenet_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """ImageNet's mean and standard deviation for images of 1 or 3 channels."""
     return _follow(IMAGENET_MEAN, channels), _follow(IMAGENET_STD, channels)
-
-
-def _per_channel(name: str, values, channels: int) -> tuple[float, ...] | None:
-    if values is None:
-        return None
-    values = tuple(float(value) for value in values)
-    in_range = all(0 <= value <= 1 for value in values) and (name == "mean" or all(values))
-    if len(values) != channels or not in_range:
-        raise DataError(
-            f"{name} is {values}: give {channels} value(s), one per channel, from 0 to 1"
-            f"{'' if name == 'mean' else ' and not 0'}"
-        )
-    return values
 
 
 def _follow(values: Sequence[float], channels: int) -> tuple[float, ...]:

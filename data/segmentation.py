@@ -5,8 +5,8 @@ kept in memory as uint8; void is 255.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from .folder import SUFFIXES
-from .splits import DataError, one_line
+from .splits import DataError, one_line, per_channel
 
 VOID = 255
 SHORT_SIDE = 256
@@ -94,17 +94,24 @@ class Segmentation:
         return colours[labels.cpu().long()].permute(0, 3, 1, 2)
 
 
-def get_segmentation(name: str, root: str | Path = "./datasets") -> Segmentation:
+def get_segmentation(
+    name: str,
+    root: str | Path = "./datasets",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Segmentation:
     """Reads one of ``SEGMENTATIONS`` from ``root`` or the folder of that name below it.
+
+    mean and std, three values each, replace the dataset's own.
 
     Raises DataError, one line that names the cure.
     """
-    root = Path(root).expanduser()
-    try:
-        return SEGMENTATIONS[name](root)
-    except KeyError:
+    if name not in SEGMENTATIONS:
         known = " ".join(SEGMENTATIONS)
-        raise DataError(f"unknown segmentation data '{name}'; choose one of: {known}") from None
+        raise DataError(f"unknown segmentation data '{name}'; choose one of: {known}")
+    mean, std = per_channel("mean", mean, 3), per_channel("std", std, 3)
+    data = SEGMENTATIONS[name](Path(root).expanduser())
+    return replace(data, mean=mean or data.mean, std=std or data.std)
 
 
 def _place(root: Path, name: str, folders: tuple[str, ...], wanted: str) -> Path:

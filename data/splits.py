@@ -20,6 +20,20 @@ class DataError(Exception):
     """Something is wrong with the user's data; the message is one line that names the cure."""
 
 
+def per_channel(name: str, values, channels: int) -> tuple[float, ...] | None:
+    """The user's mean or std as one value per channel; None stays None. Raises DataError."""
+    if values is None:
+        return None
+    values = tuple(float(value) for value in values)
+    in_range = all(0 <= value <= 1 for value in values) and (name == "mean" or all(values))
+    if len(values) != channels or not in_range:
+        raise DataError(
+            f"{name} is {values}: give {channels} value(s), one per channel, from 0 to 1"
+            f"{'' if name == 'mean' else ' and not 0'}"
+        )
+    return values
+
+
 class Batches:
     """One pass over a split each time it is iterated; ``len()`` is the number of batches.
 

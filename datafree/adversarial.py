@@ -252,7 +252,7 @@ def parse_segmenter(argv, card, preset, models):
 def distil_segmenter(args, script, get_segmentation, get_segmenter, get_generator):
     """What main does in the scripts for segmentation; returns the content of result.json."""
     runtime = setup(args)
-    data = get_segmentation(args.dataset, args.data_root)
+    data = get_segmentation(args.dataset, args.data_root, args.mean, args.std)
     student = get_segmenter(args.student, data.num_classes)
     name = f"{script}-{args.dataset}-{args.teacher}-{args.student}"
     if args.evaluate_only:

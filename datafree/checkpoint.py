@@ -154,6 +154,12 @@ def card(model, data, transform):
             "channels": data.channels, "mean": list(transform.mean), "std": list(transform.std)}
 
 
+def card_of(args, content):
+    """The card in a checkpoint's content, without what the user gives anew in --mean and --std."""
+    given = [key for key in ("mean", "std") if getattr(args, key)]
+    return {k: v for k, v in (content.get("card") or {}).items() if k not in given}
+
+
 def teacher_file(folder, dataset, model):
     """Where teacher_train.py leaves the best weights, and the distillation scripts look."""
     return Path(folder) / f"{dataset}-{model}.pt"
@@ -164,7 +170,7 @@ def load_teacher(args, build, data, script="teacher_train.py"):
 
     Args:
         args: with teacher (registry name), teacher_ckpt (file, folder or None), checkpoints,
-            dataset, mean and std (both None: the card's count).
+            dataset, mean and std (where None, the card's count).
         build: (name, num_classes, channels) -> module.
         data: the data set, with num_classes, channels and img_size.
         script: what makes such a teacher.
@@ -182,10 +188,8 @@ def load_teacher(args, build, data, script="teacher_train.py"):
     content = read(path)
     teacher = build(args.teacher, data.num_classes, data.channels)
     load_weights(teacher, content, path, args.teacher)
-    card = content.get("card") or {}
+    card = card_of(args, content)
     if card.get("img_size", data.img_size) != data.img_size:
         raise UsageError(f"teacher {path} was trained on images of {card['img_size']} pixels, not "
                          f"{data.img_size}: give --img_size {card['img_size']}")
-    if args.mean or args.std:
-        card = {}  # what the user says of the data wins
     return teacher.eval().requires_grad_(False), card

@@ -51,7 +51,7 @@ def evaluate_checkpoint(args, name, model, architecture, data, runtime, evaluate
     content = checkpoint.read(path)
     checkpoint.load_weights(model, content, path, architecture)
     runtime.place(model)
-    transform = Transform.of(data, content.get("card"))
+    transform = Transform.of(data, checkpoint.card_of(args, content))
     percent = evaluate(model, data, transform, runtime)
     print(f"[Eval] {path} {score}={percent:.2f}")
     return {"weights": str(path), column_of(score): percent}

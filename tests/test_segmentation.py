@@ -1,5 +1,6 @@
 """Segmentation data in their real layouts, in miniature, and what is wrong with broken ones."""
 
+import argparse
 import csv
 
 import numpy as np
@@ -14,6 +15,8 @@ import DFAD_nyu_deeplab
 import teacher_train_seg
 from data import DataError, get_segmentation
 from datafree import checkpoint
+from datafree.log import evaluate_checkpoint
+from datafree.runtime import Runtime
 from models import get_segmenter
 
 RNG = np.random.RandomState(0)
@@ -62,6 +65,26 @@ def test_camvid(camvid):
     assert picture.shape == (1, 3, 256, 341)
     assert (picture[0, :, 0, 0] * 255).round().tolist() == [128, 128, 128]
     assert not picture[0, :, 0, -1].any()
+
+
+def test_statistics_of_ones_own(camvid):
+    data = get_segmentation("camvid", camvid, mean=[0.1, 0.2, 0.3])
+    assert data.mean == (0.1, 0.2, 0.3) and data.std == (0.5, 0.5, 0.5)
+    with pytest.raises(DataError, match="3 value"):
+        get_segmentation("camvid", camvid, std=[0.5])
+def test_given_statistics_stand_before_those_of_a_checkpoint(tmp_path):
+    card = {"mean": [0.5], "std": [0.4], "accuracy": 50.0}
+    model = torch.nn.Linear(1, 1)
+    checkpoint.save({"state_dict": model.state_dict(), "card": card}, tmp_path / "best.pt")
+    args = argparse.Namespace(mean=[0.1], std=None, ckpt=str(tmp_path / "best.pt"))
+    data = argparse.Namespace(mean=(0.1,), std=(0.2,), padding=0, flip=False)
+
+    def evaluate(model, data, transform, runtime):
+        assert (*transform.mean, *transform.std) == (0.1, 0.4)
+        return 1.0
+
+    runtime = Runtime(torch.device("cpu"), "fp32")
+    assert evaluate_checkpoint(args, "", model, "", data, runtime, evaluate)["accuracy"] == 1
 
 
 def test_crops_keep_image_and_label_together(camvid):

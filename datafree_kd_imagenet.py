@@ -75,6 +75,7 @@ SETTINGS = dict(n_epochs=400, ep_steps=1000, kd_steps=100, batch_size=100, lr=0.
                 g_steps=50, lr_g=2e-4, lr_z=0.01, meta_lr_g=1e-4, meta_lr_z=5e-3, z_rounds=50,
                 bn=0.1, oh=0.1, adv=0.1, nz=256, ngf=64)
 PRESETS = {"resnet18_imagenet": SETTINGS | dict(adv=1.0), "other students": SETTINGS}
+SAVE_ROUNDS = 100  # of the first phase between checkpoints
 AREA = 0.75  # the least share of an image that a crop keeps
 
 
@@ -201,13 +202,17 @@ def main(args):
             f"{runtime.precision} on {runtime.device}; published: {describe(cells)}")
     rounds = args.ep_steps // args.kd_steps
     first, *others = [rounds * (args.g_steps + args.kd_steps)] * args.n_epochs
-    run.progress([first + args.phase1_rounds * args.g_steps, *others], args.batch_size)
+    done = 0 if start else synthesizer.rounds
+    run.progress([first + args.phase1_rounds * args.g_steps, *others], args.batch_size,
+                 done * args.g_steps)
+    card = checkpoint.card(args.student, data, transform)
     if not start:
         student.eval().requires_grad_(False)
-        for _ in range(args.phase1_rounds):
+        for this in range(done + 1, args.phase1_rounds + 1):
             with timer:
-                synthesizer.synthesize(False, run.tick)
-    card = checkpoint.card(args.student, data, transform)
+                losses = synthesizer.synthesize(False, run.tick)
+            if this % SAVE_ROUNDS == 0:
+                run.save_first(losses, student, card)
     for epoch in range(start, args.n_epochs):
         losses = train_epoch(epoch, synthesizer, quick_teacher, student, optimizer, args, runtime,
                              timer, run.tick)

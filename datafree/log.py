@@ -133,11 +133,12 @@ class Run:
         for name, value in self.states.items():
             value.load_state_dict(state["states"][name])
         checkpoint.restore_rng(state["rng"])
-        self.next_epoch, self.accuracy = content["epoch"] + 1, content["card"][self.column]
+        self.next_epoch, self.accuracy = content["epoch"] + 1, content["card"].get(self.column)
         self.best_score, self.best_epoch = state["best_score"], state["best_epoch"]
         self.seconds_before = state["seconds"]
         self._cut_metrics()
-        self.log(f"resumed after epoch {content['epoch'] + 1}")
+        self.log(f"resumed after epoch {self.next_epoch}" if self.next_epoch else
+                 "resumed before the end of what precedes the first epoch")
 
     def _cut_metrics(self):
         """Drop the rows of epochs behind the checkpoint: they are run again."""
@@ -165,14 +166,16 @@ class Run:
         with (self.folder / "log.txt").open("a") as file:
             file.write(text + "\n")
 
-    def progress(self, iterations, batch_size):
+    def progress(self, iterations, batch_size, done=0):
         """Open the progress bar of the whole run: images/s, ETA, loss and accuracy.
 
         Args:
             iterations: of each epoch, a list. batch_size: images of an iteration.
+            done: iterations of the next epoch that are done.
         """
+        done += sum(iterations[:self.next_epoch])
         self.bar = tqdm(total=sum(iterations) * batch_size, unit=" images", unit_scale=True,
-                        initial=sum(iterations[:self.next_epoch]) * batch_size, disable=None,
+                        initial=done * batch_size, disable=None,
                         dynamic_ncols=True, desc=self.name, smoothing=0.05)
         self.images_per_iteration = batch_size
         self.facts, self.shown = {}, 0.0
@@ -208,13 +211,7 @@ class Run:
         if accuracy > self.best_score:
             self.best_score, self.best_epoch = accuracy, epoch + 1
             checkpoint.save({"state_dict": model.state_dict(), "card": card}, self.best)
-        checkpoint.save({
-            "state_dict": model.state_dict(), "card": card, "epoch": epoch,
-            "run": {"states": {k: v.state_dict() for k, v in self.states.items()},
-                    "rng": checkpoint.rng_state(), "best_score": self.best_score,
-                    "best_epoch": self.best_epoch, "seconds": self.seconds(),
-                    "args": json.loads(json.dumps(vars(self.args), default=str))},
-        }, self.last)
+        self._save(epoch, model, card)
         self.next_epoch, self.accuracy = epoch + 1, accuracy
         self.facts["acc"] = f"{accuracy:.2f}"
         self.log(f"[Eval] Epoch={epoch + 1} {self.score}={accuracy:.2f} Best={self.best_score:.2f} "
@@ -222,6 +219,20 @@ class Run:
         if self.visdom:
             for name, value in {self.column: accuracy, **losses}.items():
                 self.visdom.curve(name, epoch + 1, value)
+
+    def save_first(self, losses, model, card):
+        """Keep what was made so far for the first epoch; the arguments are as `end_epoch`'s."""
+        self._check_finite(0, losses)
+        self._save(-1, model, card)
+
+    def _save(self, epoch, model, card):
+        checkpoint.save({
+            "state_dict": model.state_dict(), "card": card, "epoch": epoch,
+            "run": {"states": {k: v.state_dict() for k, v in self.states.items()},
+                    "rng": checkpoint.rng_state(), "best_score": self.best_score,
+                    "best_epoch": self.best_epoch, "seconds": self.seconds(),
+                    "args": json.loads(json.dumps(vars(self.args), default=str))},
+        }, self.last)
 
     def _check_finite(self, epoch, losses):
         bad = [k for k, v in losses.items() if not math.isfinite(v)]
@@ -231,7 +242,8 @@ class Run:
             if tensors and not torch.stack([t.isfinite().all() for t in tensors]).all():
                 bad.append(name)
         if bad:
-            kept = f"epoch {epoch} is kept in {self.last}" if epoch else "nothing was saved yet"
+            kept = (f"epoch {epoch} is kept in {self.last}" if epoch else
+                    f"{self.last} is kept" if self.last.exists() else "nothing was saved yet")
             raise UsageError(f"{', '.join(bad)} became NaN or infinite in epoch {epoch + 1}; "
                              f"{kept}: lower the learning rate, or try --precision fp32")
 

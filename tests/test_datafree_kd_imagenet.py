@@ -62,6 +62,27 @@ def test_first_phase_has_no_adversary(tmp_path, checkpoints, monkeypatch):
     assert calls == [True] * 2
 
 
+def test_first_phase_goes_on_where_it_stopped(tmp_path, checkpoints, monkeypatch):
+    monkeypatch.setattr(datafree_kd_imagenet, "SAVE_ROUNDS", 2)
+    flags = ("--phase1_rounds", "5", "--n_epochs", "1")
+    whole = tmp_path / start(tmp_path, checkpoints, *flags)["name"]
+    calls, synthesize = [], FastLatents.synthesize
+
+    def stopped(self, adversarial, tick):
+        calls.append(adversarial)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return synthesize(self, adversarial, tick)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FastLatents, "synthesize", stopped)
+        start(tmp_path, checkpoints, *flags, "--tag", "stopped")
+    folder = tmp_path / start(tmp_path, checkpoints, *flags, "--tag", "stopped", "--resume")["name"]
+    assert "before the end of what precedes" in (folder / "log.txt").read_text()
+    for name in ("best.pt", "pool.u8"):
+        assert (whole / name).read_bytes() == (folder / name).read_bytes(), name
+
+
 def test_published_settings():
     shared = dict(synthesis_batch_size=100, batch_size=100, g_steps=50, lr_g=2e-4, lr_z=0.01,
                   meta_lr_g=1e-4, meta_lr_z=5e-3, z_rounds=50, bn=0.1, oh=0.1, T=5, n_epochs=400,

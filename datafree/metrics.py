@@ -67,8 +67,11 @@ class Confusion:
     def add(self, predictions, labels):
         """Count pixels: class numbers of any, but the same, shape. Rows are true classes."""
         counted = (labels >= 0) & (labels < self.n)
-        cells = self.n * labels[counted].long() + predictions[counted]
-        self.matrix += torch.bincount(cells, minlength=self.n**2).view(self.n, self.n)
+        # What is not counted goes to a cell of its own: a mask's size would make the host wait.
+        cells = torch.where(counted, self.n * labels.long() + predictions, self.n**2).flatten()
+        counts = torch.zeros(self.n**2 + 1, dtype=torch.int64, device=cells.device)
+        counts.index_add_(0, cells, torch.ones_like(cells))
+        self.matrix += counts[:-1].view(self.n, self.n)
 
     def scores(self):
         """Fractions by name; class_iou is a list, NaN for a class that occurs nowhere.

@@ -58,16 +58,12 @@ class ImagePool:
         return store, end
 
     def _take(self, rows):
-        """The images of these rows (on the device): spilled ones are fetched."""
+        """The images of these rows (on the device), spilled ones last: they are fetched."""
         if not self.n_far:
             return self.near[rows]
-        order = rows.cpu()
-        is_far = order >= self.n_near
-        images = self._empty(self.device, len(rows))
-        images[~is_far.to(self.device)] = self.near[rows[rows < self.n_near]]
-        far = self.far[order[is_far] - self.n_near]
-        images[is_far.to(self.device)] = far.to(self.device)
-        return images
+        rows = rows.cpu()  # once: a mask on the device would make the host wait several times
+        near, far = rows[rows < self.n_near], rows[rows >= self.n_near] - self.n_near
+        return torch.cat([self.near[near.to(self.device)], self.far[far].to(self.device)])
 
     def batches(self, batch_size, n):
         """n batches, uint8 (batch_size, C, H, W), of random passes over the pool.

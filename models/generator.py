@@ -74,7 +74,7 @@ class ToImage(nn.Conv2d):
         self.folded = True
 
     def forward(self, x):
-        if not self.folded or self.out_channels > 1 or x.is_cuda:
+        if not self.folded or self.out_channels > 1 or x.device.type != "cpu":
             return super().forward(x)
         products = x.permute(0, 2, 3, 1) @ self.weight.permute(1, 2, 3, 0).flatten(1)
         shifts = torch.eye(9, dtype=x.dtype, device=x.device).view(1, 9, 3, 3)

@@ -1,0 +1,56 @@
+"""The scripts on a device that is not the CPU: nothing mixed, and no wait in the inner loops."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+from test_run import CASES, ROOT, command
+from torch.utils import backend_registration
+
+SCRIPTS = sorted({case.script.__name__ for case in CASES.values()})
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this PyTorch cannot have a device that is written in Python")
+
+
+def play(script, *runs):
+    """Run a script with each of these flags; returns where it waits in its epochs."""
+    end = subprocess.run([sys.executable, ROOT / "tests" / "other_device.py", script,
+                          *map(shlex.join, runs)], capture_output=True, text=True, cwd=ROOT)
+    assert end.returncode == 0, end.stderr[-2000:]
+    return json.loads(end.stdout.splitlines()[-1])
+
+
+FAULTY = """
+import torch
+import other_device
+
+def train_epoch():
+    x = torch.ones(3, device=other_device.DEVICE)
+    x.sum().item(), x.cpu(), x[x > 0], x.nonzero()
+    try:
+        x + torch.ones(3)
+    except RuntimeError as error:
+        print(error)
+
+with other_device.Everything():
+    train_epoch()
+print(sum(other_device.waits.values()))
+"""
+
+
+def test_such_a_device_notices_faults():
+    out = subprocess.run([sys.executable, "-c", FAULTY], capture_output=True, text=True,
+                         cwd=ROOT / "tests", check=True).stdout
+    assert out == "aten.add.Tensor mixes tensors of fakegpu and of the CPU\n4\n"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_epochs_and_a_resumed_one(script, tmp_path, checkpoints):
+    cases = [case for case in CASES.values() if case.script.__name__ == script]
+    assert play(script, *(command(case, tmp_path, checkpoints, "--n_epochs", *more)
+                          for case in cases for more in (["2"], ["3", "--resume"]))) == {}
+    assert all((tmp_path / case.folder / "result.json").exists() for case in cases)

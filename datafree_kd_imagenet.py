@@ -208,10 +208,10 @@ def main(args):
     card = checkpoint.card(args.student, data, transform)
     if not start:
         student.eval().requires_grad_(False)
-        for this in range(done + 1, args.phase1_rounds + 1):
+        for made in range(done + 1, args.phase1_rounds + 1):
             with timer:
                 losses = synthesizer.synthesize(False, run.tick)
-            if this % SAVE_ROUNDS == 0:
+            if made % SAVE_ROUNDS == 0:
                 run.save_first(losses, student, card)
     for epoch in range(start, args.n_epochs):
         losses = train_epoch(epoch, synthesizer, quick_teacher, student, optimizer, args, runtime,

@@ -164,6 +164,8 @@ def parse_args(argv=None):
     p.add_argument("cell", nargs="?", help="its name, as --list prints it")
     p.add_argument("--list", action="store_true", help="print all cells and their commands")
     p.add_argument("--dry-run", action="store_true", help="print the cell's commands, run nothing")
+    p.add_argument("--data_root", "--data", metavar="DIR", help="where the data sets are, for all "
+                   "of the cell's commands (default: ./datasets)")
     args, args.flags = p.parse_known_args(argv)
     if not args.list and args.cell is None:
         p.error("name a cell, or give --list")
@@ -200,15 +202,14 @@ def main(args):
     if args.list:
         return show_list()
     cell = find(args.cell)
-    root = [flag for i, flag in enumerate(args.flags)
-            if "--data_root" in (flag, *args.flags[max(0, i - 1):i])]
+    root = ["--data_root", args.data_root] if args.data_root else []
     commands = []
     for script, flags, target in cell.prepare:
         if Path(target).exists():
             print(f"# {target} is there already")
         else:
             commands.append([script, *flags, *root, "--resume"])
-    commands.append([cell.script, *cell.flags, *args.flags, "--resume"])
+    commands.append([cell.script, *cell.flags, *args.flags, *root, "--resume"])
     for command in commands:
         print(shlex.join(["python", *command]), flush=True)
         if not args.dry_run:

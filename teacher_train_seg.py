@@ -14,6 +14,8 @@ Published settings:
 The published backbone starts from ImageNet's weights. They are downloaded for ResNet-50 where a
 network is there, or read from --backbone_weights; otherwise everything is trained from scratch,
 which costs many points of mIoU on a few hundred images. The line at the start says which.
+
+Differences from the published code: without ImageNet's weights it goes on, from scratch.
 """
 
 import torch.nn.functional as F

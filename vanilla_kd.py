@@ -13,9 +13,12 @@ teacher's normalised input, as many images an epoch as the original set has. Ima
 are brought to the teacher's size and channels and normalised with its statistics.
 
 Published setting (Fast-Datafree): SGD 0.1, momentum 0.9, weight decay 1e-4, batch 128, 200 epochs,
-x0.1 at 60, 75 and 90 % of them. Presets (flags override them; those of the small grey sets are
-ours, as no paper names them):
+x0.1 at 60, 75 and 90 % of them. Presets (flags override them):
 {presets}
+
+Differences from the published code:
+ 1. The settings of the small grey sets are ours, as no paper names them.
+ 2. Which sets are related and unrelated is left to the user, where the tables do not name them.
 """
 
 from pathlib import Path

@@ -21,7 +21,7 @@ A rest smaller than a batch is left out; the test is on whole images (short side
 the defaults: SGD 0.1, momentum 0.9, weight decay 5e-4, batch 16, 200 epochs, x0.1 at half of them,
 128 pixels. An epoch is one pass over the transfer set: a large one wants fewer of them.
 
-Differences: the paper gives no details of these rows and its code has none of them.
+Differences from the published code, which lacks these rows, as the paper lacks their details:
  1. The loss is that of DFAD's student, the settings are those of the CamVid teacher.
  2. Which images were related and unrelated, and how they were cut, is left to the user.
 """

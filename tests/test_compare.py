@@ -54,11 +54,12 @@ def test_list_prints_every_cell(capsys):
 def test_dry_run_shows_the_teacher_first_and_runs_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce.subprocess, "run", None)
-    flags = ["dafl-13", "--dry-run", "--seed", "1", "--data_root", "elsewhere"]
+    flags = ["dafl-13", "--dry-run", "--seed", "1", "--data_root=elsewhere"]
     teacher, student = reproduce.main(reproduce.parse_args(flags))
     assert teacher[:5] == ["teacher_train.py", "--dataset", "mnist", "--model", "lenet5"]
     assert teacher[-3:] == ["--data_root", "elsewhere", "--resume"]
-    assert student[0] == "DAFL_train.py" and student[-5:] == [*flags[2:], "--resume"]
+    assert student[0] == "DAFL_train.py" and student[-5:] == [
+        "--seed", "1", "--data_root", "elsewhere", "--resume"]
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "mnist-lenet5.pt").touch()
     assert len(reproduce.main(reproduce.parse_args(flags))) == 1

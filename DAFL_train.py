@@ -45,12 +45,7 @@ from data import DATASETS, DataError, get_dataset
 from datafree import checkpoint
 from datafree.augment import Transform
 from datafree.log import Run, evaluate_checkpoint
-from datafree.losses import (
-    activation_loss,
-    information_entropy_loss,
-    kd_loss,
-    one_hot_loss,
-)
+from datafree.losses import activation_loss, information_entropy_loss, kd_loss, one_hot_loss
 from datafree.metrics import test_accuracy
 from datafree.published import describe, published
 from datafree.runtime import (
@@ -68,13 +63,44 @@ from datafree.runtime import (
 )
 from models import MODELS, agree_on_size, get_generator, get_model, set_folded
 
-MNIST = dict(teacher="lenet5", student="lenet5_half", batch_size=512, n_epochs=200,
-             optimizer_G="adam", lr_G=0.2, optimizer_S="adam", lr_S=2e-3, weight_decay=0.0,
-             milestones=[], warmup=0, nz=100, oh=1.0, ie=5.0, a=0.1, T=1.0, precision="fp32")
-CIFAR10 = dict(teacher="resnet34", student="resnet18", batch_size=1024, n_epochs=2000,
-               optimizer_G="adam", lr_G=0.02, optimizer_S="sgd", lr_S=0.1, weight_decay=5e-4,
-               milestones=[0.4, 0.8], warmup=0, nz=1000, oh=0.05, ie=5.0, a=0.01, T=1.0,
-               precision="auto")
+MNIST = dict(
+    teacher="lenet5",
+    student="lenet5_half",
+    batch_size=512,
+    n_epochs=200,
+    optimizer_G="adam",
+    lr_G=0.2,
+    optimizer_S="adam",
+    lr_S=2e-3,
+    weight_decay=0.0,
+    milestones=[],
+    warmup=0,
+    nz=100,
+    oh=1.0,
+    ie=5.0,
+    a=0.1,
+    T=1.0,
+    precision="fp32",
+)
+CIFAR10 = dict(
+    teacher="resnet34",
+    student="resnet18",
+    batch_size=1024,
+    n_epochs=2000,
+    optimizer_G="adam",
+    lr_G=0.02,
+    optimizer_S="sgd",
+    lr_S=0.1,
+    weight_decay=5e-4,
+    milestones=[0.4, 0.8],
+    warmup=0,
+    nz=1000,
+    oh=0.05,
+    ie=5.0,
+    a=0.01,
+    T=1.0,
+    precision="auto",
+)
 PRESETS = {
     "mnist": MNIST,
     "fashion-mnist": MNIST,
@@ -82,39 +108,61 @@ PRESETS = {
     "cifar10": CIFAR10,
     "cifar100": CIFAR10 | dict(oh=0.5, ie=20.0, a=0.1),
     "svhn": CIFAR10,
-    "celeba": MNIST | dict(teacher="alexnet", student="alexnet_half", lr_G=2e-3, lr_S=2e-4,
-                           oh=2.0, precision="auto"),
-    "caltech101": CIFAR10 | dict(teacher="resnet34_imagenet", student="resnet18_imagenet",
-                                 batch_size=64),
-    "imagenet": CIFAR10 | dict(teacher="resnet50_imagenet", student="resnet18_imagenet",
-                               batch_size=64),
-    "digits": MNIST | dict(batch_size=128, n_epochs=10, lr_G=5e-4, milestones=[0.6, 0.85], a=0.0,
-                           T=4.0, precision="auto"),
+    "celeba": MNIST
+    | dict(teacher="alexnet", student="alexnet_half", lr_G=2e-3, lr_S=2e-4, oh=2.0, precision="auto"),
+    "caltech101": CIFAR10 | dict(teacher="resnet34_imagenet", student="resnet18_imagenet", batch_size=64),
+    "imagenet": CIFAR10 | dict(teacher="resnet50_imagenet", student="resnet18_imagenet", batch_size=64),
+    "digits": MNIST
+    | dict(batch_size=128, n_epochs=10, lr_G=5e-4, milestones=[0.6, 0.85], a=0.0, T=4.0, precision="auto"),
     "folder": CIFAR10,
 }
-MMRAZOR = dict(batch_size=2048, n_epochs=250, optimizer_G="adamw", lr_G=1e-3,
-               optimizer_S="adamw", lr_S=0.1, weight_decay=0.01, milestones=[0.4, 0.8],
-               warmup=500, T=6.0)
+MMRAZOR = dict(
+    batch_size=2048,
+    n_epochs=250,
+    optimizer_G="adamw",
+    lr_G=1e-3,
+    optimizer_S="adamw",
+    lr_S=0.1,
+    weight_decay=0.01,
+    milestones=[0.4, 0.8],
+    warmup=500,
+    T=6.0,
+)
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__.format(presets=describe_presets(PRESETS),
-                              mmrazor=describe_presets({"mmrazor": MMRAZOR})))
-    p.add_argument("--dataset", choices=DATASETS, default="digits",
-                   help="the teacher's data set; only its test images are used "
-                        "(default: %(default)s)")
-    p.add_argument("--variant", choices=("dafl", "mmrazor"), default="dafl",
-                   help="whose setting (default: %(default)s)")
+    p = Parser(
+        __doc__.format(presets=describe_presets(PRESETS), mmrazor=describe_presets({"mmrazor": MMRAZOR}))
+    )
+    p.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        default="digits",
+        help="the teacher's data set; only its test images are used (default: %(default)s)",
+    )
+    p.add_argument(
+        "--variant", choices=("dafl", "mmrazor"), default="dafl", help="whose setting (default: %(default)s)"
+    )
     for role in ("teacher", "student"):
-        p.add_argument(f"--{role}", choices=sorted(MODELS), metavar="NAME",
-                       help="(default: the data set's, see above) " + (
-                           "one of " + ", ".join(sorted(MODELS)) if role == "teacher" else
-                           "the same names"))
-    p.add_argument("--teacher_ckpt", "--teacher_dir", metavar="FILE",
-                   help="the teacher's weights: a file, or a run folder "
-                        "(default: <checkpoints>/<dataset>-<teacher>.pt)")
-    p.add_argument("--checkpoints", default="./checkpoints", metavar="DIR",
-                   help="where teacher_train.py left its weights (default: %(default)s)")
+        p.add_argument(
+            f"--{role}",
+            choices=sorted(MODELS),
+            metavar="NAME",
+            help="(default: the data set's, see above) "
+            + ("one of " + ", ".join(sorted(MODELS)) if role == "teacher" else "the same names"),
+        )
+    p.add_argument(
+        "--teacher_ckpt",
+        "--teacher_dir",
+        metavar="FILE",
+        help="the teacher's weights: a file, or a run folder (default: <checkpoints>/<dataset>-<teacher>.pt)",
+    )
+    p.add_argument(
+        "--checkpoints",
+        default="./checkpoints",
+        metavar="DIR",
+        help="where teacher_train.py left its weights (default: %(default)s)",
+    )
     positive, weight = number(float, 0, above=True), number(float, 0)
     for flag, kind, text in (
         ("batch_size", number(int, 2), "images per iteration"),
@@ -131,21 +179,36 @@ def parse_args(argv=None):
         p.add_argument(f"--{flag}", type=kind, metavar="X", help=f"{text} (default: see above)")
     for flag in ("optimizer_G", "optimizer_S"):
         p.add_argument(f"--{flag}", choices=("adam", "adamw", "sgd"), help="(default: see above)")
-    p.add_argument("--milestones", type=number(float, 0, 1), nargs="*", metavar="FRACTION",
-                   help="lr_S x 0.1 at these fractions of the epochs (default: see above)")
-    p.add_argument("--nz", "--latent_dim", type=number(int, 1), metavar="X",
-                   help="length of z (default: see above)")
-    p.add_argument("--iterations", type=number(int, 1), default=120,
-                   help="iterations of an epoch (default: %(default)s)")
-    p.add_argument("--ie_log", choices=("10", "e"), default="10",
-                   help="base of L_ie's logarithm (default: %(default)s)")
+    p.add_argument(
+        "--milestones",
+        type=number(float, 0, 1),
+        nargs="*",
+        metavar="FRACTION",
+        help="lr_S x 0.1 at these fractions of the epochs (default: see above)",
+    )
+    p.add_argument(
+        "--nz", "--latent_dim", type=number(int, 1), metavar="X", help="length of z (default: see above)"
+    )
+    p.add_argument(
+        "--iterations", type=number(int, 1), default=120, help="iterations of an epoch (default: %(default)s)"
+    )
+    p.add_argument(
+        "--ie_log", choices=("10", "e"), default="10", help="base of L_ie's logarithm (default: %(default)s)"
+    )
     p.add_argument("--img_size", type=number(int, 8), help="(default: the model's or data's)")
     p.add_argument("--attribute", help="CelebA: the attribute (default: the most balanced)")
-    p.add_argument("--sample_every", type=number(int, 0), default=10, metavar="N",
-                   help="write a grid of generated images each N epochs, 0 for never "
-                        "(default: %(default)s)")
-    p.add_argument("--unfolded", action="store_true", help="run upsampling and convolution apart, "
-                   "as published, to compare")
+    p.add_argument(
+        "--sample_every",
+        type=number(int, 0),
+        default=10,
+        metavar="N",
+        help="write a grid of generated images each N epochs, 0 for never (default: %(default)s)",
+    )
+    p.add_argument(
+        "--unfolded",
+        action="store_true",
+        help="run upsampling and convolution apart, as published, to compare",
+    )
     add_run_arguments(p)
     p.set_defaults(precision=None)
     args = p.parse_args(argv)
@@ -181,8 +244,7 @@ def distill_step(z, generator, teacher, student, optimizer_G, optimizer_S, args,
     (loss_G + loss_kd).backward()
     optimizer_G.step()
     optimizer_S.step()
-    losses = {"loss_oh": loss_oh, "loss_a": loss_a, "loss_ie": loss_ie, "loss_G": loss_G,
-              "loss_kd": loss_kd}
+    losses = {"loss_oh": loss_oh, "loss_a": loss_a, "loss_ie": loss_ie, "loss_G": loss_G, "loss_kd": loss_kd}
     return {k: v.detach() for k, v in losses.items()}
 
 
@@ -198,8 +260,9 @@ def train_epoch(epoch, generator, teacher, student, optimizer_G, optimizer_S, ar
         set_lr(optimizer_S, lr_S * rise)
         set_lr(optimizer_G, args.lr_G * rise)
         z = generator.latents(args.batch_size, device=runtime.device)
-        losses = distill_step(z, generator, teacher, student, optimizer_G, optimizer_S, args,
-                              runtime.autocast)
+        losses = distill_step(
+            z, generator, teacher, student, optimizer_G, optimizer_S, args, runtime.autocast
+        )
         total = {k: total.get(k, 0) + v for k, v in losses.items()}
         tick(losses["loss_kd"])
     return {k: v / args.iterations for k, v in total.items()}
@@ -208,8 +271,14 @@ def train_epoch(epoch, generator, teacher, student, optimizer_G, optimizer_S, ar
 def main(args):
     """Distil or evaluate; returns the content of result.json."""
     runtime = setup(args)
-    data = get_dataset(args.dataset, args.data_root, img_size=args.img_size, mean=args.mean,
-                       std=args.std, attribute=args.attribute).to(runtime.device)
+    data = get_dataset(
+        args.dataset,
+        args.data_root,
+        img_size=args.img_size,
+        mean=args.mean,
+        std=args.std,
+        attribute=args.attribute,
+    ).to(runtime.device)
     student = get_model(args.student, data.num_classes, data.channels)
     name = f"DAFL_train-{args.dataset}-{args.teacher}-{args.student}"
     name += "" if args.variant == "dafl" else f"-{args.variant}"
@@ -225,30 +294,36 @@ def main(args):
     transform = Transform.of(data, card)
     run = Run(args, name, runtime)
     optimizer_G = make_optimizer(args.optimizer_G, generator.parameters(), args.lr_G)
-    optimizer_S = make_optimizer(args.optimizer_S, student.parameters(), args.lr_S,
-                                 args.weight_decay)
+    optimizer_S = make_optimizer(args.optimizer_S, student.parameters(), args.lr_S, args.weight_decay)
     z_shown = generator.latents(64, device=runtime.device)
-    start = run.start(student=student, generator=generator, optimizer_G=optimizer_G,
-                      optimizer_S=optimizer_S)
+    start = run.start(student=student, generator=generator, optimizer_G=optimizer_G, optimizer_S=optimizer_S)
     teacher_accuracy = test_accuracy(teacher, data, transform, runtime)
     cells = published(args.dataset, ("DAFL",), args.teacher, args.student)
-    run.log(f"teacher {args.teacher}: {teacher_accuracy:.2f} %; student {args.student}; "
-            f"{runtime.precision} on {runtime.device}; published: {describe(cells)}")
+    run.log(
+        f"teacher {args.teacher}: {teacher_accuracy:.2f} %; student {args.student}; "
+        f"{runtime.precision} on {runtime.device}; published: {describe(cells)}"
+    )
     run.progress([args.iterations] * args.n_epochs, args.batch_size)
     card = checkpoint.card(args.student, data, transform)
     for epoch in range(start, args.n_epochs):
-        losses = train_epoch(epoch, generator, teacher, student, optimizer_G, optimizer_S, args,
-                             runtime, run.tick)
+        losses = train_epoch(
+            epoch, generator, teacher, student, optimizer_G, optimizer_S, args, runtime, run.tick
+        )
         accuracy = test_accuracy(student, data, transform, runtime)
         run.end_epoch(epoch, accuracy, losses, student, card)
         last = epoch + 1 == args.n_epochs
         if args.sample_every and (last or (epoch + 1) % args.sample_every == 0):
             run.images(f"epoch{epoch + 1:04}", show(generator, z_shown, transform))
     return run.finish(
-        method="DAFL", dataset=data.name, teacher=args.teacher,
-        student=args.student, teacher_accuracy=teacher_accuracy, published=cells,
+        method="DAFL",
+        dataset=data.name,
+        teacher=args.teacher,
+        student=args.student,
+        teacher_accuracy=teacher_accuracy,
+        published=cells,
         generated_images=args.n_epochs * args.iterations * args.batch_size,
-        fingerprint=data.fingerprint)
+        fingerprint=data.fingerprint,
+    )
 
 
 @torch.no_grad()

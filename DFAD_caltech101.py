@@ -22,10 +22,22 @@ from datafree.adversarial import distil_classifier, parse_classifier
 from datafree.runtime import cli
 from models import MODELS, agree_on_size, get_generator, get_model
 
-PRESETS = {"caltech101": dict(
-    teacher="resnet34_imagenet", student="resnet18_imagenet", batch_size=64, n_epochs=300,
-    epoch_itrs=50, k=5, lr_S=0.05, lr_G=1e-3, optimizer_G="adam", weight_decay=5e-4, nz=256,
-    milestones=[1 / 3, 2 / 3])}
+PRESETS = {
+    "caltech101": dict(
+        teacher="resnet34_imagenet",
+        student="resnet18_imagenet",
+        batch_size=64,
+        n_epochs=300,
+        epoch_itrs=50,
+        k=5,
+        lr_S=0.05,
+        lr_G=1e-3,
+        optimizer_G="adam",
+        weight_decay=5e-4,
+        nz=256,
+        milestones=[1 / 3, 2 / 3],
+    )
+}
 
 
 def parse_args(argv=None):
@@ -34,8 +46,7 @@ def parse_args(argv=None):
 
 def main(args):
     """Distil or evaluate; returns the content of result.json."""
-    return distil_classifier(args, "DFAD_caltech101", "generator_b", get_dataset, get_model,
-                             get_generator)
+    return distil_classifier(args, "DFAD_caltech101", "generator_b", get_dataset, get_model, get_generator)
 
 
 if __name__ == "__main__":

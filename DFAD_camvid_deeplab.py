@@ -22,9 +22,19 @@ from datafree.runtime import cli
 from models import SEGMENTERS, get_generator, get_segmenter
 
 PRESET = dict(
-    dataset="camvid", teacher="deeplabv3_resnet50", student="deeplabv3_mobilenet", batch_size=64,
-    n_epochs=300, epoch_itrs=50, k=5, lr_S=0.1, lr_G=1e-3, optimizer_G="adam", weight_decay=5e-4,
-    nz=256, milestones=[1 / 3, 2 / 3],
+    dataset="camvid",
+    teacher="deeplabv3_resnet50",
+    student="deeplabv3_mobilenet",
+    batch_size=64,
+    n_epochs=300,
+    epoch_itrs=50,
+    k=5,
+    lr_S=0.1,
+    lr_G=1e-3,
+    optimizer_G="adam",
+    weight_decay=5e-4,
+    nz=256,
+    milestones=[1 / 3, 2 / 3],
 )
 
 
@@ -34,8 +44,7 @@ def parse_args(argv=None):
 
 def main(args):
     """Distil or evaluate; returns the content of result.json."""
-    return distil_segmenter(args, "DFAD_camvid_deeplab", get_segmentation, get_segmenter,
-                            get_generator)
+    return distil_segmenter(args, "DFAD_camvid_deeplab", get_segmentation, get_segmenter, get_generator)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,20 @@ from datafree.adversarial import distil_classifier, parse_classifier
 from datafree.runtime import cli
 from models import MODELS, agree_on_size, get_generator, get_model
 
-CIFAR = dict(teacher="resnet34", student="resnet18", batch_size=256, n_epochs=500, epoch_itrs=50,
-             k=5, lr_S=0.1, lr_G=1e-3, optimizer_G="adam", weight_decay=5e-4, nz=256,
-             milestones=[0.2, 0.4])
+CIFAR = dict(
+    teacher="resnet34",
+    student="resnet18",
+    batch_size=256,
+    n_epochs=500,
+    epoch_itrs=50,
+    k=5,
+    lr_S=0.1,
+    lr_G=1e-3,
+    optimizer_G="adam",
+    weight_decay=5e-4,
+    nz=256,
+    milestones=[0.2, 0.4],
+)
 PRESETS = {"cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR, "folder": CIFAR}
 
 
@@ -38,8 +49,7 @@ def parse_args(argv=None):
 
 def main(args):
     """Distil or evaluate; returns the content of result.json."""
-    return distil_classifier(args, "DFAD_cifar", "generator_a", get_dataset, get_model,
-                             get_generator)
+    return distil_classifier(args, "DFAD_cifar", "generator_a", get_dataset, get_model, get_generator)
 
 
 if __name__ == "__main__":

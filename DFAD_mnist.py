@@ -24,11 +24,26 @@ from datafree.adversarial import distil_classifier, parse_classifier
 from datafree.runtime import cli
 from models import MODELS, agree_on_size, get_generator, get_model
 
-MNIST = dict(teacher="lenet5", student="lenet5_half", batch_size=512, n_epochs=40, epoch_itrs=50,
-             k=5, lr_S=0.01, lr_G=1e-3, optimizer_G="adam", weight_decay=1e-4, nz=100,
-             milestones=[0.2, 0.4])
-PRESETS = {"mnist": MNIST, "fashion-mnist": MNIST, "usps": MNIST,
-           "digits": MNIST | dict(batch_size=128, n_epochs=9, milestones=[0.65, 0.85])}
+MNIST = dict(
+    teacher="lenet5",
+    student="lenet5_half",
+    batch_size=512,
+    n_epochs=40,
+    epoch_itrs=50,
+    k=5,
+    lr_S=0.01,
+    lr_G=1e-3,
+    optimizer_G="adam",
+    weight_decay=1e-4,
+    nz=100,
+    milestones=[0.2, 0.4],
+)
+PRESETS = {
+    "mnist": MNIST,
+    "fashion-mnist": MNIST,
+    "usps": MNIST,
+    "digits": MNIST | dict(batch_size=128, n_epochs=9, milestones=[0.65, 0.85]),
+}
 
 
 def parse_args(argv=None):
@@ -37,8 +52,7 @@ def parse_args(argv=None):
 
 def main(args):
     """Distil or evaluate; returns the content of result.json."""
-    return distil_classifier(args, "DFAD_mnist", "generator_a", get_dataset, get_model,
-                             get_generator)
+    return distil_classifier(args, "DFAD_mnist", "generator_a", get_dataset, get_model, get_generator)
 
 
 if __name__ == "__main__":

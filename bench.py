@@ -63,8 +63,14 @@ from models import get_generator, get_model, set_folded
 CIFAR10 = SOURCES["cifar10"]
 
 # Batch and channels; the rest is the script's.
-SETTINGS = {"mnist": (512, 1), "cifar10": (256, 3), "dfad_mnist": (512, 1),
-            "dfad_cifar": (256, 3), "fast_wrn": (256, 3), "fast_resnet": (256, 3)}
+SETTINGS = {
+    "mnist": (512, 1),
+    "cifar10": (256, 3),
+    "dfad_mnist": (512, 1),
+    "dfad_cifar": (256, 3),
+    "fast_wrn": (256, 3),
+    "fast_resnet": (256, 3),
+}
 PAIRS = {"fast_wrn": ("wrn40_2", "wrn16_1"), "fast_resnet": ("resnet34", "resnet18")}
 POOL = 10240  # images in the pool of fast_meta: a run's has 256 to 56,320
 WAYS = ("published", "ours")
@@ -74,10 +80,15 @@ def parse_args(argv=None):
     p = Parser(__doc__)
     p.add_argument("--setting", choices=SETTINGS, default="mnist", help="(default: %(default)s)")
     p.add_argument("--batch_size", type=number(int, 2), help="(default: 512 for LeNet-5, else 256)")
-    p.add_argument("--steps", type=number(int, 1), default=4,
-                   help="steps of a block; of rounds one (default: %(default)s)")
-    p.add_argument("--repeats", type=number(int, 2), default=5,
-                   help="blocks of each way (default: %(default)s)")
+    p.add_argument(
+        "--steps",
+        type=number(int, 1),
+        default=4,
+        help="steps of a block; of rounds one (default: %(default)s)",
+    )
+    p.add_argument(
+        "--repeats", type=number(int, 2), default=5, help="blocks of each way (default: %(default)s)"
+    )
     p.add_argument("--json", metavar="FILE", help="write the figures there too")
     add_device_arguments(p)
     args = p.parse_args(argv)
@@ -117,10 +128,12 @@ class Way:
     def generator_step(self):
         """Generator and teacher: L_G alone."""
         with self.runtime.autocast():
-            t_logits, t_features = self.teacher(self.generator(self.latents()),
-                                                return_features=True)
-        loss = (one_hot_loss(t_logits) + 0.1 * activation_loss(t_features)
-                + 5 * information_entropy_loss(t_logits))
+            t_logits, t_features = self.teacher(self.generator(self.latents()), return_features=True)
+        loss = (
+            one_hot_loss(t_logits)
+            + 0.1 * activation_loss(t_features)
+            + 5 * information_entropy_loss(t_logits)
+        )
         self.optimizer_G.zero_grad()
         loss.backward()
         self.optimizer_G.step()
@@ -138,9 +151,16 @@ class Way:
 
     def whole_step(self):
         """An iteration of DAFL_train.py."""
-        DAFL_train.distill_step(self.latents(), self.generator, self.teacher, self.student,
-                                self.optimizer_G, self.optimizer_S, self.args,
-                                self.runtime.autocast)
+        DAFL_train.distill_step(
+            self.latents(),
+            self.generator,
+            self.teacher,
+            self.student,
+            self.optimizer_G,
+            self.optimizer_S,
+            self.args,
+            self.runtime.autocast,
+        )
 
 
 class DfadWay:
@@ -168,8 +188,17 @@ class DfadWay:
 
     def iteration(self):
         """Five student steps and one of the generator."""
-        adversarial.train_epoch(0, self.generator, self.teacher, self.student, self.optimizer_S,
-                                self.optimizer_G, self.args, self.runtime, lambda loss: None)
+        adversarial.train_epoch(
+            0,
+            self.generator,
+            self.teacher,
+            self.student,
+            self.optimizer_S,
+            self.optimizer_G,
+            self.args,
+            self.runtime,
+            lambda loss: None,
+        )
 
 
 class PngPool:
@@ -178,9 +207,14 @@ class PngPool:
     def __init__(self, transform):
         self.temporary = tempfile.TemporaryDirectory()  # lives as long as the pool
         self.folder, self.count = Path(self.temporary.name), 0
-        self.transform = transforms.Compose([
-            transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(), transforms.Normalize(transform.mean, transform.std)])
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(transform.mean, transform.std),
+            ]
+        )
 
     def add(self, images):
         images = (images.detach().clamp(0, 1) * 255).to(torch.uint8)
@@ -197,8 +231,9 @@ class PngPool:
 
     def sample(self, batch_size, device):
         while True:
-            for x in DataLoader(self, batch_size, shuffle=True, num_workers=4,
-                                pin_memory=device.type == "cuda"):
+            for x in DataLoader(
+                self, batch_size, shuffle=True, num_workers=4, pin_memory=device.type == "cuda"
+            ):
                 yield x.to(device)
 
 
@@ -211,10 +246,24 @@ class FastWay:
             keep_memory(ours)
         self.runtime = runtime if ours else Runtime(runtime.device, "fp32")
         teacher, student = PAIRS[args.setting]
-        self.args = datafree_kd.parse_args([
-            "--dataset", "cifar10", "--method", "fast_meta", "--teacher", teacher, "--student",
-            student, "--g_steps", "2", "--synthesis_batch_size", str(args.batch_size),
-            "--kd_steps", "1"])
+        self.args = datafree_kd.parse_args(
+            [
+                "--dataset",
+                "cifar10",
+                "--method",
+                "fast_meta",
+                "--teacher",
+                teacher,
+                "--student",
+                student,
+                "--g_steps",
+                "2",
+                "--synthesis_batch_size",
+                str(args.batch_size),
+                "--kd_steps",
+                "1",
+            ]
+        )
         torch.manual_seed(0)
         self.teacher = get_model(teacher).eval().requires_grad_(False)
         self.student = get_model(student)
@@ -227,17 +276,29 @@ class FastWay:
         pool = ImagePool((3, 32, 32), runtime.device, "unsaved") if ours else PngPool(transform)
         pool.add(torch.rand(POOL, 3, 32, 32))
         self.synthesizer = Fast(
-            self.teacher, self.student, generator, transform, (3, 32, 32), 10, self.runtime, pool,
-            **{k: getattr(self.args, k) for k in Fast.settings})
+            self.teacher,
+            self.student,
+            generator,
+            transform,
+            (3, 32, 32),
+            10,
+            self.runtime,
+            pool,
+            **{k: getattr(self.args, k) for k in Fast.settings},
+        )
         if ours:
             self.teacher = fold_batch_norm(self.teacher)
         else:
             for layer in self.synthesizer.hooks.layers:
                 layer.register_forward_pre_hook(
-                    lambda layer, x: torch.var_mean(x[0], (0, 2, 3), correction=0) and None)
+                    lambda layer, x: torch.var_mean(x[0], (0, 2, 3), correction=0) and None
+                )
         self.optimizer = make_optimizer("sgd", self.student.parameters(), 0.1, 1e-4)
-        self.batches = self.synthesizer.sample(10**9, args.batch_size) if ours \
+        self.batches = (
+            self.synthesizer.sample(10**9, args.batch_size)
+            if ours
             else pool.sample(args.batch_size, runtime.device)
+        )
 
     def synthesis_round(self):
         """A batch for the pool, as in mid-run: with the adversarial term."""
@@ -247,12 +308,22 @@ class FastWay:
     def student_step(self):
         """A batch from the pool, teacher, student and update."""
         self.student.train().requires_grad_(True)
-        datafree_kd.distill([next(self.batches)], self.teacher, self.student, self.optimizer,
-                            self.args, self.runtime, lambda loss: None)
+        datafree_kd.distill(
+            [next(self.batches)],
+            self.teacher,
+            self.student,
+            self.optimizer,
+            self.args,
+            self.runtime,
+            lambda loss: None,
+        )
 
 
-DAFL_STEPS = {"generator + teacher": Way.generator_step, "student": Way.student_step,
-              "whole DAFL step": Way.whole_step}
+DAFL_STEPS = {
+    "generator + teacher": Way.generator_step,
+    "student": Way.student_step,
+    "whole DAFL step": Way.whole_step,
+}
 DFAD_STEPS = {"DFAD iteration": DfadWay.iteration}
 FAST_STEPS = {"Fast-2 round": FastWay.synthesis_round, "student step": FastWay.student_step}
 
@@ -333,13 +404,17 @@ def main(args):
 
         ask[name] = question
     peak = {name: ask[name]("peak") for name in WAYS}
-    print(f"{device_name(runtime.device)}, torch {torch.__version__}; {args.setting}, batch "
-          f"{args.batch_size}; ours in {runtime.precision}; matrix products reach "
-          f"{peak['published'] / 1e9:.0f} GFLOP/s in the published way's precision, "
-          f"{peak['ours'] / 1e9:.0f} in ours")
-    print(f"{'':20} {'images/s':^21} {'':20} {'share of the peak':^21}\n"
-          f"{'':20} {'published':>10} {'ours':>10} {'ratio (min-max)':>20} {'published':>10} "
-          f"{'ours':>10}")
+    print(
+        f"{device_name(runtime.device)}, torch {torch.__version__}; {args.setting}, batch "
+        f"{args.batch_size}; ours in {runtime.precision}; matrix products reach "
+        f"{peak['published'] / 1e9:.0f} GFLOP/s in the published way's precision, "
+        f"{peak['ours'] / 1e9:.0f} in ours"
+    )
+    print(
+        f"{'':20} {'images/s':^21} {'':20} {'share of the peak':^21}\n"
+        f"{'':20} {'published':>10} {'ours':>10} {'ratio (min-max)':>20} {'published':>10} "
+        f"{'ours':>10}"
+    )
     figures = {}
     for label in steps_of(args.setting)[1]:
         seconds = {name: [] for name in WAYS}
@@ -355,18 +430,25 @@ def main(args):
         ratios = [p / o for p, o in zip(*seconds.values(), strict=True)]
         ratio = statistics.median(ratios)
         spread = f"{ratio:.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        print(f"{label:20} {rate['published']:10.0f} {rate['ours']:10.0f} {spread:>20} "
-              f"{share['published']:10.0%} {share['ours']:10.0%}")
-        figures[label] = {"images_per_second": rate, "ratio": ratio, "ratios": ratios,
-                          "share_of_peak": share}
+        print(
+            f"{label:20} {rate['published']:10.0f} {rate['ours']:10.0f} {spread:>20} "
+            f"{share['published']:10.0%} {share['ours']:10.0%}"
+        )
+        figures[label] = {"images_per_second": rate, "ratio": ratio, "ratios": ratios, "share_of_peak": share}
     memory = {name: ask[name]("memory") for name in WAYS}
     for question in ask.values():
         question("stop")
     print("peak memory: " + ", ".join(f"{n} {m / 2**30:.2f} GiB" for n, m in memory.items()))
-    result = {"device": device_name(runtime.device), "torch": torch.__version__,
-              "setting": args.setting, "batch_size": args.batch_size,
-              "precision": runtime.precision, "peak_flops": peak, "peak_memory": memory,
-              "steps": figures}
+    result = {
+        "device": device_name(runtime.device),
+        "torch": torch.__version__,
+        "setting": args.setting,
+        "batch_size": args.batch_size,
+        "precision": runtime.precision,
+        "peak_flops": peak,
+        "peak_memory": memory,
+        "steps": figures,
+    }
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     return result

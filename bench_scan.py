@@ -33,8 +33,13 @@ from models import MODELS, get_model
 def parse_args(argv=None):
     p = Parser(__doc__)
     p.add_argument("--images", type=number(int, 1), default=100_000, help="(default: %(default)s)")
-    p.add_argument("--teacher", choices=sorted(MODELS), default="lenet5", metavar="NAME",
-                   help="one of " + ", ".join(sorted(MODELS)) + " (default: %(default)s)")
+    p.add_argument(
+        "--teacher",
+        choices=sorted(MODELS),
+        default="lenet5",
+        metavar="NAME",
+        help="one of " + ", ".join(sorted(MODELS)) + " (default: %(default)s)",
+    )
     p.add_argument("--json", metavar="FILE", help="write the figures there too")
     add_device_arguments(p)
     return p.parse_args(argv)
@@ -55,8 +60,10 @@ def write_thumbnails(path, n, different=200):
 
 def peak_memory():
     """Bytes: the main process's, and the largest finished worker's."""
-    return {name: resource.getrusage(who).ru_maxrss * 1024 for name, who in
-            (("main", resource.RUSAGE_SELF), ("worker", resource.RUSAGE_CHILDREN))}
+    return {
+        name: resource.getrusage(who).ru_maxrss * 1024
+        for name, who in (("main", resource.RUSAGE_SELF), ("worker", resource.RUSAGE_CHILDREN))
+    }
 
 
 def main(args):
@@ -73,21 +80,29 @@ def main(args):
         start = time.perf_counter()
         split, _ = get_wild(str(path), ".", 32, source.channels)
         listed = time.perf_counter() - start
-        found = DFND_train.scan(fold_batch_norm(teacher), split,
-                                Transform(source.mean, source.std), runtime)
+        found = DFND_train.scan(fold_batch_norm(teacher), split, Transform(source.mean, source.std), runtime)
         scanned = time.perf_counter() - start - listed
     if found["broken"]:
         raise RuntimeError(f"{found['broken']} thumbnails could not be read")
-    figures = {"device": device_name(runtime.device), "torch": torch.__version__,
-               "teacher": args.teacher, "precision": runtime.precision, "images": len(split),
-               "seconds_to_list": listed, "seconds_to_scan": scanned,
-               "images_per_second": len(split) / scanned, "memory_before": before,
-               "peak_memory": peak_memory()}
+    figures = {
+        "device": device_name(runtime.device),
+        "torch": torch.__version__,
+        "teacher": args.teacher,
+        "precision": runtime.precision,
+        "images": len(split),
+        "seconds_to_list": listed,
+        "seconds_to_scan": scanned,
+        "images_per_second": len(split) / scanned,
+        "memory_before": before,
+        "peak_memory": peak_memory(),
+    }
     memory = figures["peak_memory"]
-    print(f"{figures['device']}: {len(split):,} images listed in {listed:.1f} s and scanned in "
-          f"{scanned:.0f} s, {figures['images_per_second']:,.0f}/s; peak memory "
-          f"{memory['main'] / 2**30:.2f} GiB ({before / 2**30:.2f} before), a worker's "
-          f"{memory['worker'] / 2**30:.2f}")
+    print(
+        f"{figures['device']}: {len(split):,} images listed in {listed:.1f} s and scanned in "
+        f"{scanned:.0f} s, {figures['images_per_second']:,.0f}/s; peak memory "
+        f"{memory['main'] / 2**30:.2f} GiB ({before / 2**30:.2f} before), a worker's "
+        f"{memory['worker'] / 2**30:.2f}"
+    )
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
     return figures

@@ -31,8 +31,23 @@ from reproduce import cells
 
 ROOT = Path(__file__).resolve().parent
 # What makes a run a run of a cell; a run of an older version may lack some.
-IDENTITY = ("dataset", "model", "recipe", "pretrained", "teacher", "student", "method", "g_steps",
-            "is_maml", "variant", "transfer_set", "scratch", "alpha", "beta", "selection")
+IDENTITY = (
+    "dataset",
+    "model",
+    "recipe",
+    "pretrained",
+    "teacher",
+    "student",
+    "method",
+    "g_steps",
+    "is_maml",
+    "variant",
+    "transfer_set",
+    "scratch",
+    "alpha",
+    "beta",
+    "selection",
+)
 UNIMPORTANT = (FREE_ON_RESUME - {"n_epochs"}) | {"seed", "tag", "checkpoints", "save_img"}
 # Why cells of a data set have no run: what the machine they were made on lacks.
 MISSING = {
@@ -45,24 +60,56 @@ MISSING = {
     "NYUv2": "needs a GPU and the data",
     "ImageNet": "needs a GPU and the data",
 }
-COLUMNS = ("cell", "source", "table", "dataset", "method", "teacher", "student", "paper",
-           "paper_std", "last", "last_std", "best", "best_std", "n", "best_minus_paper",
-           "teacher_score", "scratch_score", "minutes", "synthesis_minutes", "hardware",
-           "differs", "command", "note")
+COLUMNS = (
+    "cell",
+    "source",
+    "table",
+    "dataset",
+    "method",
+    "teacher",
+    "student",
+    "paper",
+    "paper_std",
+    "last",
+    "last_std",
+    "best",
+    "best_std",
+    "n",
+    "best_minus_paper",
+    "teacher_score",
+    "scratch_score",
+    "minutes",
+    "synthesis_minutes",
+    "hardware",
+    "differs",
+    "command",
+    "note",
+)
 
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    p.add_argument("--results", default=str(ROOT / "results"), metavar="DIR",
-                   help="where the result files are (default: results/ beside this script)")
+    p.add_argument(
+        "--results",
+        default=str(ROOT / "results"),
+        metavar="DIR",
+        help="where the result files are (default: results/ beside this script)",
+    )
     p.add_argument("--dataset", help="only this data set, as the papers call it")
     p.add_argument("--method", help="only this method, as the papers call it")
-    p.add_argument("--format", choices=("md", "csv", "json"), default="md",
-                   help="(default: %(default)s)")
-    p.add_argument("--out", metavar="FILE", help="where it goes (default: RESULTS.md beside this "
-                   "script, or the screen if a part or another format is asked for)")
-    p.add_argument("--curves", nargs="+", metavar="FILE", help="draw the test accuracy of these "
-                   "metrics.csv files over the epochs, and nothing else")
+    p.add_argument("--format", choices=("md", "csv", "json"), default="md", help="(default: %(default)s)")
+    p.add_argument(
+        "--out",
+        metavar="FILE",
+        help="where it goes (default: RESULTS.md beside this "
+        "script, or the screen if a part or another format is asked for)",
+    )
+    p.add_argument(
+        "--curves",
+        nargs="+",
+        metavar="FILE",
+        help="draw the test accuracy of these metrics.csv files over the epochs, and nothing else",
+    )
     args = p.parse_args(argv)
     if args.curves and not args.out:
         p.error("--curves needs --out FILE.png")
@@ -94,14 +141,18 @@ def belongs(result, cell, args):
     """Whether a run made this cell, whose command has the parsed flags `args`."""
     own = result["args"]
     return script_of(result) == cell.script and all(
-        own[key] == args[key] for key in IDENTITY if key in own and key in args)
+        own[key] == args[key] for key in IDENTITY if key in own and key in args
+    )
 
 
 def differences(result, args):
     """The flags, as text, in which a run differs from the cell's command."""
     own = result["args"]
-    changed = {k: own[k] for k, v in args.items()
-               if k in own and k not in UNIMPORTANT and k not in IDENTITY and own[k] != v}
+    changed = {
+        k: own[k]
+        for k, v in args.items()
+        if k in own and k not in UNIMPORTANT and k not in IDENTITY and own[k] != v
+    }
     return ", ".join(f"--{k} {v} ({args[k]})" for k, v in sorted(changed.items()))
 
 
@@ -115,8 +166,13 @@ def mean_std(values):
 
 def scratch_score(results, dataset, student):
     """The best score of the student trained on the data: mean over the runs of most epochs."""
-    runs = [r for r in results if script_of(r).startswith("teacher_train")
-            and r["args"]["dataset"] == dataset and r["args"]["model"] == student]
+    runs = [
+        r
+        for r in results
+        if script_of(r).startswith("teacher_train")
+        and r["args"]["dataset"] == dataset
+        and r["args"]["model"] == student
+    ]
     most = max((r["args"]["n_epochs"] for r in runs), default=None)
     return mean_std([r["best"] for r in runs if r["args"]["n_epochs"] == most])[0]
 
@@ -129,11 +185,14 @@ def collect(results):
         unit = 100 if row["metric"] == "mIoU" else 1  # the table has fractions
         paper = float(row["value"]) if re.fullmatch(r"[\d.]+", row["value"]) else None
         common = dict.fromkeys(COLUMNS) | {
-            "cell": cell.name, **{k: row[k] for k in ("source", "table", "dataset", "method",
-                                                      "teacher", "student")},
+            "cell": cell.name,
+            **{k: row[k] for k in ("source", "table", "dataset", "method", "teacher", "student")},
             "paper": row["value"] if paper is None else paper,
-            "paper_std": float(row["std"]) if row["std"] else None, "command": cell.command,
-            "n": 0, "note": missing(cell)}
+            "paper_std": float(row["std"]) if row["std"] else None,
+            "command": cell.command,
+            "n": 0,
+            "note": missing(cell),
+        }
         groups = {}
         if cell.script:
             args = json.loads(json.dumps(cell.args(), default=str))
@@ -143,12 +202,19 @@ def collect(results):
                     used.add(result["file"])
         scratch = scratch_score(results, cell.dataset, cell.student)
         for differs, runs in sorted(groups.items(), key=lambda group: group[0].count("--")):
-            record = dict(common) | {"n": len(runs), "differs": differs, "note": "",
-                                     "scratch_score": scratch and scratch / unit}
-            for name, key, scale in (("last", "last", unit), ("best", "best", unit),
-                                     ("teacher_score", "teacher_accuracy", unit),
-                                     ("minutes", "seconds", 60),
-                                     ("synthesis_minutes", "synthesis_seconds", 60)):
+            record = dict(common) | {
+                "n": len(runs),
+                "differs": differs,
+                "note": "",
+                "scratch_score": scratch and scratch / unit,
+            }
+            for name, key, scale in (
+                ("last", "last", unit),
+                ("best", "best", unit),
+                ("teacher_score", "teacher_accuracy", unit),
+                ("minutes", "seconds", 60),
+                ("synthesis_minutes", "synthesis_seconds", 60),
+            ):
                 mean, std = mean_std([r.get(key) for r in runs])
                 record[name] = None if mean is None else mean / scale
                 if name in ("last", "best"):
@@ -174,14 +240,17 @@ def missing(cell):
 def deviations(script):
     """How a script differs from the published code, as its docstring says: Markdown lines."""
     card = ast.get_docstring(ast.parse((ROOT / script).read_text()))
-    found = re.search(r"^Differences from the published code([^:]*):(.*?)(?=\n\n|\Z)", card,
-                      re.S | re.M)
+    found = re.search(r"^Differences from the published code([^:]*):(.*?)(?=\n\n|\Z)", card, re.S | re.M)
     if not found:
         return []
     remark, text = found.groups()
     items = [" ".join(item.split()) for item in re.split(r"^ *\d+\. ", text, flags=re.M)]
-    return [f"How `{script}` differs from the published code{remark}:", "",
-            *(f"{i}. {item}" for i, item in enumerate(filter(None, items), 1)), ""]
+    return [
+        f"How `{script}` differs from the published code{remark}:",
+        "",
+        *(f"{i}. {item}" for i, item in enumerate(filter(None, items), 1)),
+        "",
+    ]
 
 
 def figure_of(value, std=None, digits=2, sign=""):
@@ -197,53 +266,86 @@ def markdown(records, others):
     run = {r["cell"] for r in records if r["n"]}
     every = {r["cell"] for r in records}
     lines = [
-        "# Results beside the papers'", "",
+        "# Results beside the papers'",
+        "",
         f"Written by `python compare.py` from the files under `results/`: {len(run)} of "
-        f"{len(every)} published cells have a run of ours. \"Last\" is the last epoch, \"best\" "
+        f'{len(every)} published cells have a run of ours. "Last" is the last epoch, "best" '
         "the best one on the test set, which is what the papers report; ± is the standard "
         "deviation over n seeds. Acc(T) is the teacher's score in these runs, Acc(S) the "
-        "student's when it is trained on the data itself. \"Differs\" names the flags in which "
+        'student\'s when it is trained on the data itself. "Differs" names the flags in which '
         "a run is not the published one, with the published value in brackets. "
-        "`bash scripts/reproduce.sh CELL` runs a cell, its teacher first.", "",
+        "`bash scripts/reproduce.sh CELL` runs a cell, its teacher first.",
+        "",
     ]
     tables = {}
     for record in records:
         tables.setdefault((record["source"], record["table"]), []).append(record)
     for (source, table), rows in tables.items():
         lines += [f"## {source}, {table}", ""]
-        head = ["cell", "data", "method", "teacher → student", "paper", "last", "best", "n",
-                "best − paper", "Acc(T)", "Acc(S)", "minutes (synthesis)", "hardware", "differs",
-                "command"]
+        head = [
+            "cell",
+            "data",
+            "method",
+            "teacher → student",
+            "paper",
+            "last",
+            "best",
+            "n",
+            "best − paper",
+            "Acc(T)",
+            "Acc(S)",
+            "minutes (synthesis)",
+            "hardware",
+            "differs",
+            "command",
+        ]
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for r in rows:
             digits = 3 if isinstance(r["paper"], float) and r["paper"] < 1 else 2
             minutes = figure_of(r["minutes"], digits=1)
             if r["synthesis_minutes"] is not None:
                 minutes += f" ({figure_of(r['synthesis_minutes'], digits=1)})"
-            lines.append("| " + " | ".join([
-                r["cell"], r["dataset"], r["method"], f"{r['teacher']} → {r['student']}",
-                figure_of(r["paper"], r["paper_std"], digits),
-                figure_of(r["last"], r["last_std"], digits),
-                figure_of(r["best"], r["best_std"], digits), str(r["n"] or ""),
-                figure_of(r["best_minus_paper"], None, digits, "+"),
-                figure_of(r["teacher_score"], None, digits),
-                figure_of(r["scratch_score"], None, digits), minutes, r["hardware"] or "",
-                r["note"] if not r["n"] else r["differs"],
-                f"`{r['command']}`" if r["command"] else "none",
-            ]) + " |")
+            lines.append(
+                "| "
+                + " | ".join(
+                    [
+                        r["cell"],
+                        r["dataset"],
+                        r["method"],
+                        f"{r['teacher']} → {r['student']}",
+                        figure_of(r["paper"], r["paper_std"], digits),
+                        figure_of(r["last"], r["last_std"], digits),
+                        figure_of(r["best"], r["best_std"], digits),
+                        str(r["n"] or ""),
+                        figure_of(r["best_minus_paper"], None, digits, "+"),
+                        figure_of(r["teacher_score"], None, digits),
+                        figure_of(r["scratch_score"], None, digits),
+                        minutes,
+                        r["hardware"] or "",
+                        r["note"] if not r["n"] else r["differs"],
+                        f"`{r['command']}`" if r["command"] else "none",
+                    ]
+                )
+                + " |"
+            )
         lines.append("")
         scripts = dict.fromkeys(r["command"].split()[1] for r in rows if r["command"])
         for script in scripts:
             lines += deviations(script)
     if others:
-        lines += ["## Runs that are no published cell", "",
-                  "| run | last | best | Acc(T) | minutes | command | file |",
-                  "|---|---|---|---|---|---|---|"]
+        lines += [
+            "## Runs that are no published cell",
+            "",
+            "| run | last | best | Acc(T) | minutes | command | file |",
+            "|---|---|---|---|---|---|---|",
+        ]
     for r in others:
-        lines.append(f"| {r['name']} | {figure_of(r['last'])} | {figure_of(r['best'])} | "
-                     f"{figure_of(r.get('teacher_accuracy'))} | "
-                     f"{figure_of(r['seconds'] / 60, digits=1)} | `{r['command']}` | "
-                     f"{r['file']} |")
+        lines.append(
+            f"| {r['name']} | {figure_of(r['last'])} | {figure_of(r['best'])} | "
+            f"{figure_of(r.get('teacher_accuracy'))} | "
+            f"{figure_of(r['seconds'] / 60, digits=1)} | `{r['command']}` | "
+            f"{r['file']} |"
+        )
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -265,15 +367,25 @@ def plot_synthesis(records, folder):
     for dataset in ("CIFAR-10", "CIFAR-100"):
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.add_subplot(xscale="log", xlabel="hours of synthesis",
-                                  ylabel=f"{dataset}: test accuracy (%), WRN40-2 to WRN16-1")
-        rows = [r for r in records if r["dataset"] == dataset and r["student"] == "WRN16-1"
-                and hours[r["cell"]]]
+        axes = figure.add_subplot(
+            xscale="log",
+            xlabel="hours of synthesis",
+            ylabel=f"{dataset}: test accuracy (%), WRN40-2 to WRN16-1",
+        )
+        rows = [
+            r for r in records if r["dataset"] == dataset and r["student"] == "WRN16-1" and hours[r["cell"]]
+        ]
         for i, method in enumerate(dict.fromkeys(r["method"] for r in rows)):
             own = [r for r in rows if r["method"] == method]
             colour = f"C{i}"
-            axes.plot(float(hours[own[0]["cell"]]), own[0]["paper"], "o", color=colour,
-                      fillstyle="none", label=method)
+            axes.plot(
+                float(hours[own[0]["cell"]]),
+                own[0]["paper"],
+                "o",
+                color=colour,
+                fillstyle="none",
+                label=method,
+            )
             for r in own:
                 if r["n"]:
                     axes.plot(r["synthesis_minutes"] / 60, r["best"], "o", color=colour)
@@ -293,9 +405,14 @@ def curves(paths, out):
     for path in map(Path, paths):
         if not path.is_file():
             raise UsageError(f"{path} does not exist: name the metrics.csv of a run")
-    plot_accuracy(out, {p.parent.name if p.name == "metrics.csv" else
-                        p.name.removesuffix(".metrics.csv"): p for p in map(Path, paths)},
-                  over="epoch")
+    plot_accuracy(
+        out,
+        {
+            p.parent.name if p.name == "metrics.csv" else p.name.removesuffix(".metrics.csv"): p
+            for p in map(Path, paths)
+        },
+        over="epoch",
+    )
     print(out)
 
 
@@ -309,8 +426,7 @@ def main(args):
     part = {k: v for k in known if (v := getattr(args, k))}
     for key, value in part.items():
         if value not in known[key]:
-            raise UsageError(f"no {key} '{value}' in the tables; they have: "
-                             + ", ".join(known[key]))
+            raise UsageError(f"no {key} '{value}' in the tables; they have: " + ", ".join(known[key]))
     records = [r for r in records if all(r[k] == v for k, v in part.items())]
     others = [] if part else others
     if args.format == "md":
@@ -325,10 +441,11 @@ def main(args):
         sys.stdout.write(text if text.endswith("\n") else text + "\n")
         return records
     Path(out).write_text(text)
-    paths = [out, *(plot_synthesis(records, Path(out).parent / "results" / "plots")
-                    if whole else [])]
-    print(f"{sum(bool(r['n']) for r in records)} rows with runs, {len(others)} runs of no cell: "
-          + ", ".join(map(str, paths)))
+    paths = [out, *(plot_synthesis(records, Path(out).parent / "results" / "plots") if whole else [])]
+    print(
+        f"{sum(bool(r['n']) for r in records)} rows with runs, {len(others)} runs of no cell: "
+        + ", ".join(map(str, paths))
+    )
     return records
 
 

@@ -70,10 +70,28 @@ from datafree.runtime import (
 from datafree.synthesis import FastLatents
 from models import MODELS, agree_on_size, get_generator, get_model
 
-SETTINGS = dict(n_epochs=400, ep_steps=1000, kd_steps=100, batch_size=100, lr=0.1,
-                weight_decay=1e-4, milestones=[0.6, 0.75, 0.9], T=5.0, synthesis_batch_size=100,
-                g_steps=50, lr_g=2e-4, lr_z=0.01, meta_lr_g=1e-4, meta_lr_z=5e-3, z_rounds=50,
-                bn=0.1, oh=0.1, adv=0.1, nz=256, ngf=64)
+SETTINGS = dict(
+    n_epochs=400,
+    ep_steps=1000,
+    kd_steps=100,
+    batch_size=100,
+    lr=0.1,
+    weight_decay=1e-4,
+    milestones=[0.6, 0.75, 0.9],
+    T=5.0,
+    synthesis_batch_size=100,
+    g_steps=50,
+    lr_g=2e-4,
+    lr_z=0.01,
+    meta_lr_g=1e-4,
+    meta_lr_z=5e-3,
+    z_rounds=50,
+    bn=0.1,
+    oh=0.1,
+    adv=0.1,
+    nz=256,
+    ngf=64,
+)
 PRESETS = {"resnet18_imagenet": SETTINGS | dict(adv=1.0), "other students": SETTINGS}
 SAVE_ROUNDS = 100  # of the first phase between checkpoints
 AREA = 0.75  # the least share of an image that a crop keeps
@@ -81,18 +99,33 @@ AREA = 0.75  # the least share of an image that a crop keeps
 
 def parse_args(argv=None):
     p = Parser(__doc__.format(presets=describe_presets(PRESETS)))
-    p.add_argument("--dataset", choices=DATASETS, default="imagenet",
-                   help="the teacher's data set; only its test images are used "
-                        "(default: %(default)s)")
+    p.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        default="imagenet",
+        help="the teacher's data set; only its test images are used (default: %(default)s)",
+    )
     for role, name in (("teacher", "resnet50_imagenet"), ("student", "resnet18_imagenet")):
-        p.add_argument(f"--{role}", choices=sorted(MODELS), default=name, metavar="NAME",
-                       help=("one of " + ", ".join(sorted(MODELS)) if role == "teacher" else
-                             "the same names") + " (default: %(default)s)")
-    p.add_argument("--teacher_ckpt", "--teacher_dir", metavar="FILE",
-                   help="the teacher's weights: a file, or a run folder "
-                        "(default: <checkpoints>/<dataset>-<teacher>.pt)")
-    p.add_argument("--checkpoints", default="./checkpoints", metavar="DIR",
-                   help="where teacher_train.py left its weights (default: %(default)s)")
+        p.add_argument(
+            f"--{role}",
+            choices=sorted(MODELS),
+            default=name,
+            metavar="NAME",
+            help=("one of " + ", ".join(sorted(MODELS)) if role == "teacher" else "the same names")
+            + " (default: %(default)s)",
+        )
+    p.add_argument(
+        "--teacher_ckpt",
+        "--teacher_dir",
+        metavar="FILE",
+        help="the teacher's weights: a file, or a run folder (default: <checkpoints>/<dataset>-<teacher>.pt)",
+    )
+    p.add_argument(
+        "--checkpoints",
+        default="./checkpoints",
+        metavar="DIR",
+        help="where teacher_train.py left its weights (default: %(default)s)",
+    )
     count, positive, weight = number(int, 1), number(float, 0, above=True), number(float, 0)
     for flag, kind, text in (
         ("n_epochs", count, "epochs of ep_steps"),
@@ -116,29 +149,58 @@ def parse_args(argv=None):
         ("ngf", count, "width of the generator"),
     ):
         p.add_argument(f"--{flag}", type=kind, metavar="X", help=f"{text} (default: see above)")
-    p.add_argument("--milestones", type=number(float, 0, 1), nargs="*", metavar="FRACTION",
-                   help="lr x 0.1 at these fractions of the epochs (default: see above)")
-    p.add_argument("--reptile_factor", type=positive, default=1.0, metavar="X",
-                   help="of the meta gradients (default: %(default)s, as published)")
-    p.add_argument("--phase1_rounds", type=number(int, 0), default=1400, metavar="N",
-                   help="rounds without a student before the first epoch (default: %(default)s, "
-                        "for the 140k images that the paper's table counts)")
-    p.add_argument("--pool_size", type=number(int, 0), default=100_000, metavar="N",
-                   help="images of the pool that stay on the device, 0.15 MB each at 224 pixels, "
-                        "the others wait in the host's memory (default: %(default)s)")
+    p.add_argument(
+        "--milestones",
+        type=number(float, 0, 1),
+        nargs="*",
+        metavar="FRACTION",
+        help="lr x 0.1 at these fractions of the epochs (default: see above)",
+    )
+    p.add_argument(
+        "--reptile_factor",
+        type=positive,
+        default=1.0,
+        metavar="X",
+        help="of the meta gradients (default: %(default)s, as published)",
+    )
+    p.add_argument(
+        "--phase1_rounds",
+        type=number(int, 0),
+        default=1400,
+        metavar="N",
+        help="rounds without a student before the first epoch (default: %(default)s, "
+        "for the 140k images that the paper's table counts)",
+    )
+    p.add_argument(
+        "--pool_size",
+        type=number(int, 0),
+        default=100_000,
+        metavar="N",
+        help="images of the pool that stay on the device, 0.15 MB each at 224 pixels, "
+        "the others wait in the host's memory (default: %(default)s)",
+    )
     p.add_argument("--img_size", type=number(int, 8), help="(default: the model's or data's)")
-    p.add_argument("--sample_every", type=number(int, 0), default=10, metavar="N",
-                   help="write a grid of images each N epochs, 0 for never (default: %(default)s)")
+    p.add_argument(
+        "--sample_every",
+        type=number(int, 0),
+        default=10,
+        metavar="N",
+        help="write a grid of images each N epochs, 0 for never (default: %(default)s)",
+    )
     add_run_arguments(p)
     args = p.parse_args(argv)
     args.argv = argv
     fill_defaults(args, PRESETS.get(args.student, SETTINGS))
     if not args.bn and not args.oh and (args.phase1_rounds or not args.adv):
-        p.error("--bn and --oh are both 0: nothing would make images"
-                + (" in the first phase" if args.adv else ""))
+        p.error(
+            "--bn and --oh are both 0: nothing would make images"
+            + (" in the first phase" if args.adv else "")
+        )
     if args.kd_steps > args.ep_steps:
-        p.error(f"--kd_steps {args.kd_steps} does not fit into an epoch of --ep_steps "
-                f"{args.ep_steps}: raise the latter")
+        p.error(
+            f"--kd_steps {args.kd_steps} does not fit into an epoch of --ep_steps "
+            f"{args.ep_steps}: raise the latter"
+        )
     args.img_size = p.image_size((args.teacher, args.student), args.img_size, agree_on_size)
     return args
 
@@ -170,16 +232,19 @@ def train_epoch(epoch, synthesizer, teacher, student, optimizer, args, runtime, 
 def main(args):
     """Distil or evaluate; returns the content of result.json."""
     runtime = setup(args)
-    data = get_dataset(args.dataset, args.data_root, img_size=args.img_size, mean=args.mean,
-                       std=args.std).to(runtime.device)
+    data = get_dataset(args.dataset, args.data_root, img_size=args.img_size, mean=args.mean, std=args.std).to(
+        runtime.device
+    )
     student = get_model(args.student, data.num_classes, data.channels)
     name = f"datafree_kd_imagenet-{args.dataset}-{args.teacher}-{args.student}"
     if args.evaluate_only:
         return evaluate_checkpoint(args, name, student, args.student, data, runtime)
     teacher, card = checkpoint.load_teacher(args, get_model, data)
     if args.bn and not BatchNormHooks(teacher).layers:
-        raise UsageError(f"teacher {args.teacher} has no BatchNorm layers, which --bn reads: give "
-                         "--bn 0, or a teacher that has them")
+        raise UsageError(
+            f"teacher {args.teacher} has no BatchNorm layers, which --bn reads: give "
+            "--bn 0, or a teacher that has them"
+        )
     try:
         generator = get_generator("deep", args.nz, data.img_size, data.channels, args.ngf)
     except ValueError as error:
@@ -189,22 +254,31 @@ def main(args):
     shape = (data.channels, data.img_size, data.img_size)
     run = Run(args, name, runtime)
     pool = ImagePool(shape, runtime.device, run.folder / "pool.u8", args.pool_size)
-    synthesizer = FastLatents(teacher, student, generator, transform, shape, data.num_classes,
-                              runtime, pool, **{k: getattr(args, k) for k in FastLatents.settings})
+    synthesizer = FastLatents(
+        teacher,
+        student,
+        generator,
+        transform,
+        shape,
+        data.num_classes,
+        runtime,
+        pool,
+        **{k: getattr(args, k) for k in FastLatents.settings},
+    )
     optimizer = make_optimizer("sgd", student.parameters(), args.lr, args.weight_decay)
     timer = Stopwatch(runtime.device)
-    start = run.start(student=student, optimizer=optimizer, synthesizer=synthesizer, timer=timer,
-                      pool=pool)
+    start = run.start(student=student, optimizer=optimizer, synthesizer=synthesizer, timer=timer, pool=pool)
     quick_teacher = fold_batch_norm(teacher)  # the synthesizer's shows what enters its BatchNorms
     teacher_accuracy = test_accuracy(teacher, data, transform, runtime)
     cells = published(args.dataset, (f"Fast-{args.g_steps}",), args.teacher, args.student)
-    run.log(f"teacher {args.teacher}: {teacher_accuracy:.2f} %; student {args.student}; "
-            f"{runtime.precision} on {runtime.device}; published: {describe(cells)}")
+    run.log(
+        f"teacher {args.teacher}: {teacher_accuracy:.2f} %; student {args.student}; "
+        f"{runtime.precision} on {runtime.device}; published: {describe(cells)}"
+    )
     rounds = args.ep_steps // args.kd_steps
     first, *others = [rounds * (args.g_steps + args.kd_steps)] * args.n_epochs
     done = 0 if start else synthesizer.rounds
-    run.progress([first + args.phase1_rounds * args.g_steps, *others], args.batch_size,
-                 done * args.g_steps)
+    run.progress([first + args.phase1_rounds * args.g_steps, *others], args.batch_size, done * args.g_steps)
     card = checkpoint.card(args.student, data, transform)
     if not start:
         student.eval().requires_grad_(False)
@@ -214,19 +288,25 @@ def main(args):
             if made % SAVE_ROUNDS == 0:
                 run.save_first(losses, student, card)
     for epoch in range(start, args.n_epochs):
-        losses = train_epoch(epoch, synthesizer, quick_teacher, student, optimizer, args, runtime,
-                             timer, run.tick)
+        losses = train_epoch(
+            epoch, synthesizer, quick_teacher, student, optimizer, args, runtime, timer, run.tick
+        )
         accuracy = test_accuracy(student, data, transform, runtime)
-        run.end_epoch(epoch, accuracy, losses, student, card,
-                      synthesis_seconds=round(timer.seconds(), 3))
+        run.end_epoch(epoch, accuracy, losses, student, card, synthesis_seconds=round(timer.seconds(), 3))
         last = epoch + 1 == args.n_epochs
         if args.sample_every and (last or (epoch + 1) % args.sample_every == 0):
             run.images(f"epoch{epoch + 1:04}", synthesizer.pictures(64))
     return run.finish(
-        method="fast_meta", dataset=data.name, teacher=args.teacher, student=args.student,
-        teacher_accuracy=teacher_accuracy, published=cells,
-        synthesis_seconds=round(timer.seconds(), 1), generated_images=len(pool),
-        fingerprint=data.fingerprint)
+        method="fast_meta",
+        dataset=data.name,
+        teacher=args.teacher,
+        student=args.student,
+        teacher_accuracy=teacher_accuracy,
+        published=cells,
+        synthesis_seconds=round(timer.seconds(), 1),
+        generated_images=len(pool),
+        fingerprint=data.fingerprint,
+    )
 
 
 if __name__ == "__main__":

@@ -20,11 +20,16 @@ from datafree.runtime import Parser, cli, number
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    p.add_argument("--out", default="./runs/quickstart", metavar="DIR",
-                   help="where everything is written (default: %(default)s)")
+    p.add_argument(
+        "--out",
+        default="./runs/quickstart",
+        metavar="DIR",
+        help="where everything is written (default: %(default)s)",
+    )
     p.add_argument("--seed", type=number(int, 0), default=0, help="(default: %(default)s)")
-    p.add_argument("--short", action="store_true",
-                   help="a tenth of the epochs: shows that it runs, not how good it gets")
+    p.add_argument(
+        "--short", action="store_true", help="a tenth of the epochs: shows that it runs, not how good it gets"
+    )
     return p.parse_args(argv)
 
 
@@ -49,10 +54,17 @@ def main(args):
         "student, DAFL": run(DAFL_train),
         "student, Fast-5": run(datafree_kd, "--method", "fast_meta", "--g_steps", "5"),
     }
-    rows = [{"run": label, "network": r.get("student") or r["model"],
-             "last %": f"{r['last']:.2f}", "best %": f"{r['best']:.2f}",
-             "seconds": f"{r['seconds']:.0f}", "generated images": r.get("generated_images", 0)}
-            for label, r in results.items()]
+    rows = [
+        {
+            "run": label,
+            "network": r.get("student") or r["model"],
+            "last %": f"{r['last']:.2f}",
+            "best %": f"{r['best']:.2f}",
+            "seconds": f"{r['seconds']:.0f}",
+            "generated images": r.get("generated_images", 0),
+        }
+        for label, r in results.items()
+    ]
     plot = out / "accuracy.png"
     plot_accuracy(plot, {label: out / r["name"] / "metrics.csv" for label, r in results.items()})
     table = out / "table.csv"
@@ -63,8 +75,12 @@ def main(args):
     widths = {k: max(len(k), *(len(str(r[k])) for r in rows)) for k in rows[0]}
     print()
     for row in ({k: k for k in widths}, *rows):
-        print("  ".join(str(row[k]).ljust(w) if k in ("run", "network") else str(row[k]).rjust(w)
-                        for k, w in widths.items()))
+        print(
+            "  ".join(
+                str(row[k]).ljust(w) if k in ("run", "network") else str(row[k]).rjust(w)
+                for k, w in widths.items()
+            )
+        )
     grids = sorted((out / results["student, DAFL"]["name"] / "samples").glob("*.png"))
     print(f"\ntable:            {table}\ngenerated digits: {grids[-1]}\naccuracy plot:    {plot}")
     return rows

@@ -25,28 +25,62 @@ from datafree.checkpoint import teacher_file
 from datafree.published import DATASETS, NETWORKS, SCRATCH, TABLES
 from datafree.runtime import Parser, UsageError, cli
 
-SOURCES = {"DAFL": "dafl", "DFND": "dfnd", "DFAD": "dfad", "MMRazor DFAD": "mmrazor",
-           "MMRazor DAFL": "mmrazor", "Fast-Datafree": "fast"}
+SOURCES = {
+    "DAFL": "dafl",
+    "DFND": "dfnd",
+    "DFAD": "dfad",
+    "MMRazor DFAD": "mmrazor",
+    "MMRazor DAFL": "mmrazor",
+    "Fast-Datafree": "fast",
+}
 RECIPES = {  # of teachers and students from scratch, by source and data set
-    ("dafl", "mnist"): "dafl-mnist", ("dfad", "mnist"): "dfad-mnist",
-    ("dafl", "cifar"): "dafl", ("dfnd", "cifar"): "dafl", ("dfad", "cifar"): "dfad",
-    ("fast", "cifar"): "fast", ("mmrazor", "cifar"): "fast", ("dfad", "caltech101"):
-    "dfad-caltech101", ("dafl", "celeba"): "celeba", ("fast", "imagenet"): "imagenet",
+    ("dafl", "mnist"): "dafl-mnist",
+    ("dfad", "mnist"): "dfad-mnist",
+    ("dafl", "cifar"): "dafl",
+    ("dfnd", "cifar"): "dafl",
+    ("dfad", "cifar"): "dfad",
+    ("fast", "cifar"): "fast",
+    ("mmrazor", "cifar"): "fast",
+    ("dfad", "caltech101"): "dfad-caltech101",
+    ("dafl", "celeba"): "celeba",
+    ("fast", "imagenet"): "imagenet",
 }
 # Related and unrelated transfer sets. The tables do not name DFAD's: these are our choice.
-RELATED = {"mnist": "svhn", "cifar10": "cifar100", "cifar100": "cifar10",
-           "caltech101": "datasets/stl10", "camvid": "datasets/cityscapes",
-           "nyuv2": "datasets/sunrgbd"}
-UNRELATED = {"mnist": "cifar10", "cifar10": "svhn", "cifar100": "svhn", "caltech101": "celeba",
-             "camvid": "datasets/voc2012", "nyuv2": "datasets/voc2012"}
-DFAD = {"mnist": "DFAD_mnist.py", "cifar10": "DFAD_cifar.py", "cifar100": "DFAD_cifar.py",
-        "caltech101": "DFAD_caltech101.py", "camvid": "DFAD_camvid_deeplab.py",
-        "nyuv2": "DFAD_nyu_deeplab.py"}
-FAST = {"DAFL": "dafl", "ZSKT": "zskt", "DFQ": "dfq", "DeepInv-2k": "deepinv",
-        "CMI-500": "cmi", "DeepInversion": "deepinv"}
+RELATED = {
+    "mnist": "svhn",
+    "cifar10": "cifar100",
+    "cifar100": "cifar10",
+    "caltech101": "datasets/stl10",
+    "camvid": "datasets/cityscapes",
+    "nyuv2": "datasets/sunrgbd",
+}
+UNRELATED = {
+    "mnist": "cifar10",
+    "cifar10": "svhn",
+    "cifar100": "svhn",
+    "caltech101": "celeba",
+    "camvid": "datasets/voc2012",
+    "nyuv2": "datasets/voc2012",
+}
+DFAD = {
+    "mnist": "DFAD_mnist.py",
+    "cifar10": "DFAD_cifar.py",
+    "cifar100": "DFAD_cifar.py",
+    "caltech101": "DFAD_caltech101.py",
+    "camvid": "DFAD_camvid_deeplab.py",
+    "nyuv2": "DFAD_nyu_deeplab.py",
+}
+FAST = {
+    "DAFL": "dafl",
+    "ZSKT": "zskt",
+    "DFQ": "dfq",
+    "DeepInv-2k": "deepinv",
+    "CMI-500": "cmi",
+    "DeepInversion": "deepinv",
+}
 WITHOUT = {
     "Meta data": "another paper's method (Lopes et al. 2017), which needs the teacher's activation "
-                 "statistics",
+    "statistics",
     "PU-compression": "another paper's method (Xu et al. 2019), which needs some of the data",
     "Generative DFD": "another paper's method (Luo et al. 2020)",
     "(row describes another algorithm, WSLD)": "not data-free: another algorithm's row",
@@ -100,12 +134,21 @@ def cells():
             source = SOURCES[row["source"]]
             numbers[source] = numbers.get(source, 0) + 1
             dataset = datasets[row["dataset"]]
-            teacher, student = (registry_name(row[role], row["dataset"])
-                                for role in ("teacher", "student"))
-            script, flags, prepare, reason = recipe(source, row["method"], dataset, teacher,
-                                                    student)
-            found.append(Cell(f"{source}-{numbers[source]:02}", row, dataset, teacher, student,
-                              script, tuple(flags), tuple(prepare), reason))
+            teacher, student = (registry_name(row[role], row["dataset"]) for role in ("teacher", "student"))
+            script, flags, prepare, reason = recipe(source, row["method"], dataset, teacher, student)
+            found.append(
+                Cell(
+                    f"{source}-{numbers[source]:02}",
+                    row,
+                    dataset,
+                    teacher,
+                    student,
+                    script,
+                    tuple(flags),
+                    tuple(prepare),
+                    reason,
+                )
+            )
     return found
 
 
@@ -134,24 +177,34 @@ def recipe(source, method, dataset, teacher, student):
     if dataset == "imagenet":
         make = make[0], [*make[1], "--pretrained"]
     prepare = ((*make, teacher_file("checkpoints", dataset, teacher)),)
-    transfer = {"KD original data": "original", "KD-ORI": "original", "KD": "original",
-                "Random noise (normal distribution)": "noise", "RANDOM": "noise",
-                "KD alternative data (USPS)": "usps", "Places365+KD": "datasets/places365",
-                "KD alternative data (similar)": RELATED.get(dataset),
-                "KD-REL": RELATED.get(dataset), "KD-UNR": UNRELATED.get(dataset)}.get(method)
+    transfer = {
+        "KD original data": "original",
+        "KD-ORI": "original",
+        "KD": "original",
+        "Random noise (normal distribution)": "noise",
+        "RANDOM": "noise",
+        "KD alternative data (USPS)": "usps",
+        "Places365+KD": "datasets/places365",
+        "KD alternative data (similar)": RELATED.get(dataset),
+        "KD-REL": RELATED.get(dataset),
+        "KD-UNR": UNRELATED.get(dataset),
+    }.get(method)
     if transfer:
         labels = ["--alpha", "0.9", "--beta", "0.1"] if method == "KD" else []
         script = "vanilla_kd_seg.py" if segmentation else "vanilla_kd.py"
         return script, [*data, *pair, "--transfer_set", transfer, *labels], prepare, ""
     if method in ("DFND", "Random wild images"):
         selection = ["--selection", "random"] if method != "DFND" else []
-        return "DFND_train.py", [*data, *pair, "--wild", "datasets/imagenet/train",
-                                 *selection], prepare, ""
+        return "DFND_train.py", [*data, *pair, "--wild", "datasets/imagenet/train", *selection], prepare, ""
     if dataset == "imagenet" and method == "Fast-50":
         return "datafree_kd_imagenet.py", pair, prepare, ""
     if method.startswith("Fast-"):
-        return "datafree_kd.py", [*data, *pair, "--method", "fast_meta", "--g_steps",
-                                  method.removeprefix("Fast-")], prepare, ""
+        return (
+            "datafree_kd.py",
+            [*data, *pair, "--method", "fast_meta", "--g_steps", method.removeprefix("Fast-")],
+            prepare,
+            "",
+        )
     if method in FAST and (source == "fast" or method == "DeepInversion"):
         return "datafree_kd.py", [*data, *pair, "--method", FAST[method]], prepare, ""
     variant = ["--variant", "mmrazor"] if source == "mmrazor" else []
@@ -164,8 +217,12 @@ def parse_args(argv=None):
     p.add_argument("cell", nargs="?", help="its name, as --list prints it")
     p.add_argument("--list", action="store_true", help="print all cells and their commands")
     p.add_argument("--dry-run", action="store_true", help="print the cell's commands, run nothing")
-    p.add_argument("--data_root", "--data", metavar="DIR", help="where the data sets are, for all "
-                   "of the cell's commands (default: ./datasets)")
+    p.add_argument(
+        "--data_root",
+        "--data",
+        metavar="DIR",
+        help="where the data sets are, for all of the cell's commands (default: ./datasets)",
+    )
     args, args.flags = p.parse_known_args(argv)
     if not args.list and args.cell is None:
         p.error("name a cell, or give --list")
@@ -181,8 +238,10 @@ def show_list():
         row = cell.row
         if heading != (heading := f"{row['source']}, {row['table']}"):
             print(f"\n# {heading}" if cell.name != "dafl-01" else f"# {heading}")
-        print(f"{cell.name:11}{row['value']:>7}  {row['dataset']:10} {row['method'][:34]:34} "
-              f"{cell.teacher} -> {cell.student}:  {cell.command or 'none: ' + cell.reason}")
+        print(
+            f"{cell.name:11}{row['value']:>7}  {row['dataset']:10} {row['method'][:34]:34} "
+            f"{cell.teacher} -> {cell.student}:  {cell.command or 'none: ' + cell.reason}"
+        )
 
 
 def find(name):
@@ -190,8 +249,11 @@ def find(name):
     known = {cell.name: cell for cell in cells()}
     if name not in known:
         close = difflib.get_close_matches(name, known, 3)
-        raise UsageError(f"no cell '{name}'" + (f", did you mean {' or '.join(close)}?" if close
-                         else ":") + " --list prints all")
+        raise UsageError(
+            f"no cell '{name}'"
+            + (f", did you mean {' or '.join(close)}?" if close else ":")
+            + " --list prints all"
+        )
     if known[name].script is None:
         raise UsageError(f"cell {name} has no command: {known[name].reason}")
     return known[name]

@@ -47,25 +47,54 @@ PRESETS = {"camvid": CAMVID, "nyuv2": CAMVID | dict(lr=0.05)}
 
 def parse_args(argv=None):
     p = Parser(__doc__.format(presets=describe_presets(PRESETS)))
-    p.add_argument("--dataset", choices=SEGMENTATIONS, default="camvid",
-                   help="(default: %(default)s)")
-    p.add_argument("--model", choices=sorted(SEGMENTERS), default="deeplabv3_resnet50",
-                   metavar="NAME", help="one of " + ", ".join(sorted(SEGMENTERS))
-                   + " (default: %(default)s)")
-    for flag, kind in (("lr", number(float, 0, above=True)), ("weight_decay", number(float, 0)),
-                       ("batch_size", number(int, 2)), ("n_epochs", number(int, 1))):
+    p.add_argument("--dataset", choices=SEGMENTATIONS, default="camvid", help="(default: %(default)s)")
+    p.add_argument(
+        "--model",
+        choices=sorted(SEGMENTERS),
+        default="deeplabv3_resnet50",
+        metavar="NAME",
+        help="one of " + ", ".join(sorted(SEGMENTERS)) + " (default: %(default)s)",
+    )
+    for flag, kind in (
+        ("lr", number(float, 0, above=True)),
+        ("weight_decay", number(float, 0)),
+        ("batch_size", number(int, 2)),
+        ("n_epochs", number(int, 1)),
+    ):
         p.add_argument(f"--{flag}", type=kind, metavar="X", help="(default: see above)")
-    p.add_argument("--milestones", type=number(float, 0, 1), nargs="*", metavar="FRACTION",
-                   help="lr x 0.1 at these fractions of the epochs (default: see above)")
-    p.add_argument("--crop", type=number(int, 32, 256), default=128, metavar="PIXELS",
-                   help="side of the training crops (default: %(default)s)")
-    p.add_argument("--backbone_weights", metavar="FILE", help="a state dict of torchvision's "
-                   "classifier, or none for scratch (default: torchvision's, if it can be had)")
-    p.add_argument("--save_img", type=number(int, 0), default=4, metavar="N",
-                   help="at the end write N test images beside ground truth and prediction "
-                        "(default: %(default)s)")
-    p.add_argument("--checkpoints", default="./checkpoints", metavar="DIR",
-                   help="where the best weights are copied to (default: %(default)s)")
+    p.add_argument(
+        "--milestones",
+        type=number(float, 0, 1),
+        nargs="*",
+        metavar="FRACTION",
+        help="lr x 0.1 at these fractions of the epochs (default: see above)",
+    )
+    p.add_argument(
+        "--crop",
+        type=number(int, 32, 256),
+        default=128,
+        metavar="PIXELS",
+        help="side of the training crops (default: %(default)s)",
+    )
+    p.add_argument(
+        "--backbone_weights",
+        metavar="FILE",
+        help="a state dict of torchvision's "
+        "classifier, or none for scratch (default: torchvision's, if it can be had)",
+    )
+    p.add_argument(
+        "--save_img",
+        type=number(int, 0),
+        default=4,
+        metavar="N",
+        help="at the end write N test images beside ground truth and prediction (default: %(default)s)",
+    )
+    p.add_argument(
+        "--checkpoints",
+        default="./checkpoints",
+        metavar="DIR",
+        help="where the best weights are copied to (default: %(default)s)",
+    )
     add_run_arguments(p)
     args = p.parse_args(argv)
     args.argv = argv
@@ -115,16 +144,20 @@ def load_backbone(model, args):
         try:
             state = checkpoint.fetch("resnet50_imagenet")
         except UsageError as error:
-            return (f"{error}; backbone from scratch, which costs many points: --backbone_weights "
-                    "FILE brings them, too")
+            return (
+                f"{error}; backbone from scratch, which costs many points: --backbone_weights "
+                "FILE brings them, too"
+            )
         path = f"torchvision's {checkpoint.PRETRAINED['resnet50_imagenet']}"
     else:
         return f"no ImageNet weights are known for {args.model}: backbone from scratch"
     own = getattr(model, "backbone", model).state_dict()
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     if len(fitting) < len(own):
-        raise UsageError(f"{path} fits {len(fitting)} of {len(own)} tensors of the backbone of "
-                         f"{args.model}: give weights of the same network, or none")
+        raise UsageError(
+            f"{path} fits {len(fitting)} of {len(own)} tensors of the backbone of "
+            f"{args.model}: give weights of the same network, or none"
+        )
     model.backbone.load_state_dict(fitting)
     return f"backbone from {path}"
 
@@ -138,8 +171,9 @@ def main(args):
     if args.evaluate_only:
         return evaluate_checkpoint(args, name, model, args.model, data, runtime, mean_iou, "mIoU")
     if len(data.train) < args.batch_size:
-        raise UsageError(f"--batch_size {args.batch_size} does not fit into {len(data.train)} "
-                         "training images: lower it")
+        raise UsageError(
+            f"--batch_size {args.batch_size} does not fit into {len(data.train)} training images: lower it"
+        )
     origin = load_backbone(model, args)
     runtime.place(model)
     transform = Transform.of(data)
@@ -147,9 +181,11 @@ def main(args):
     optimizer = make_optimizer("sgd", model.parameters(), args.lr, args.weight_decay)
     start = run.start(model=model, optimizer=optimizer)
     cells = published(args.dataset, ("Teacher",), args.model)
-    run.log(f"{args.model} on {data.name}: {len(data.train)} training and {len(data.test)} test "
-            f"images; {origin}; {runtime.precision} on {runtime.device}; published: "
-            f"{describe(cells)}")
+    run.log(
+        f"{args.model} on {data.name}: {len(data.train)} training and {len(data.test)} test "
+        f"images; {origin}; {runtime.precision} on {runtime.device}; published: "
+        f"{describe(cells)}"
+    )
     run.progress([len(data.train) // args.batch_size] * args.n_epochs, args.batch_size)
     card, scores = checkpoint.card(args.model, data, transform), {}
     for epoch in range(start, args.n_epochs):
@@ -161,11 +197,17 @@ def main(args):
     target = checkpoint.teacher_file(args.checkpoints, args.dataset, args.model)
     checkpoint.save(checkpoint.read(run.best), target)
     run.log(f"weights of the best epoch: {target}")
-    result = run.finish(dataset=data.name, model=args.model, method="Teacher", published=cells,
-                        fingerprint=data.fingerprint, backbone=origin, last_scores=scores,
-                        weights=str(target))
-    side_by_side(run.folder / "samples", {args.model: model}, data, transform, runtime,
-                 args.save_img)
+    result = run.finish(
+        dataset=data.name,
+        model=args.model,
+        method="Teacher",
+        published=cells,
+        fingerprint=data.fingerprint,
+        backbone=origin,
+        last_scores=scores,
+        weights=str(target),
+    )
+    side_by_side(run.folder / "samples", {args.model: model}, data, transform, runtime, args.save_img)
     return result
 
 

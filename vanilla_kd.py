@@ -47,19 +47,41 @@ from datafree.runtime import (
 )
 from models import MODELS, agree_on_size, get_model
 
-CIFAR = dict(teacher="wrn40_2", student="wrn16_1", optimizer="sgd", lr=0.1, weight_decay=1e-4,
-             batch_size=128, n_epochs=200, milestones=[0.6, 0.75, 0.9])
-GREY = dict(teacher="lenet5", student="lenet5_half", optimizer="adam", lr=1e-3, weight_decay=0.0,
-            batch_size=256, n_epochs=10, milestones=[])
+CIFAR = dict(
+    teacher="wrn40_2",
+    student="wrn16_1",
+    optimizer="sgd",
+    lr=0.1,
+    weight_decay=1e-4,
+    batch_size=128,
+    n_epochs=200,
+    milestones=[0.6, 0.75, 0.9],
+)
+GREY = dict(
+    teacher="lenet5",
+    student="lenet5_half",
+    optimizer="adam",
+    lr=1e-3,
+    weight_decay=0.0,
+    batch_size=256,
+    n_epochs=10,
+    milestones=[],
+)
 PRESETS = {
-    "mnist": GREY, "fashion-mnist": GREY, "usps": GREY,
+    "mnist": GREY,
+    "fashion-mnist": GREY,
+    "usps": GREY,
     "digits": GREY | dict(lr=2e-3, batch_size=64, n_epochs=40),
-    "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR, "folder": CIFAR,
+    "cifar10": CIFAR,
+    "cifar100": CIFAR,
+    "svhn": CIFAR,
+    "folder": CIFAR,
     "caltech101": CIFAR | dict(teacher="resnet34_imagenet", student="resnet18_imagenet"),
-    "imagenet": CIFAR | dict(teacher="resnet50_imagenet", student="resnet18_imagenet",
-                             batch_size=100),
-    "celeba": CIFAR | dict(teacher="alexnet", student="alexnet_half", optimizer="adam", lr=1e-4,
-                           weight_decay=0.0, n_epochs=20),
+    "imagenet": CIFAR | dict(teacher="resnet50_imagenet", student="resnet18_imagenet", batch_size=100),
+    "celeba": CIFAR
+    | dict(
+        teacher="alexnet", student="alexnet_half", optimizer="adam", lr=1e-4, weight_decay=0.0, n_epochs=20
+    ),
 }
 IN_MEMORY = 2**32  # bytes of decoded images above which a folder is read anew in each epoch
 OTHER_DATA = ("KD-REL", "KD-UNR", "KD alternative data (USPS)", "KD alternative data (similar)")
@@ -67,35 +89,68 @@ OTHER_DATA = ("KD-REL", "KD-UNR", "KD alternative data (USPS)", "KD alternative 
 
 def parse_args(argv=None):
     p = Parser(__doc__.format(presets=describe_presets(PRESETS)))
-    p.add_argument("--dataset", choices=DATASETS, default="digits",
-                   help="the teacher's data set (default: %(default)s)")
-    p.add_argument("--transfer_set", default="original", metavar="SET",
-                   help="original, noise, another data set (" + ", ".join(DATASETS) + "), or a "
-                   "folder or zip of images at any depth (default: %(default)s)")
-    p.add_argument("--scratch", action="store_true",
-                   help="no teacher: the same as --alpha 0 --beta 1")
-    p.add_argument("--transfer_root", metavar="DIR", help="where that other data set is "
-                   "(default: --data_root)")
+    p.add_argument(
+        "--dataset", choices=DATASETS, default="digits", help="the teacher's data set (default: %(default)s)"
+    )
+    p.add_argument(
+        "--transfer_set",
+        default="original",
+        metavar="SET",
+        help="original, noise, another data set (" + ", ".join(DATASETS) + "), or a "
+        "folder or zip of images at any depth (default: %(default)s)",
+    )
+    p.add_argument("--scratch", action="store_true", help="no teacher: the same as --alpha 0 --beta 1")
+    p.add_argument(
+        "--transfer_root", metavar="DIR", help="where that other data set is (default: --data_root)"
+    )
     for role in ("teacher", "student"):
-        p.add_argument(f"--{role}", choices=sorted(MODELS), metavar="NAME",
-                       help="one of " + ", ".join(sorted(MODELS)) + " (default: see above)"
-                       if role == "teacher" else "the same names (default: see above)")
-    p.add_argument("--teacher_ckpt", "--teacher_dir", metavar="FILE",
-                   help="the teacher's weights (default: <checkpoints>/<dataset>-<teacher>.pt)")
-    p.add_argument("--checkpoints", default="./checkpoints", metavar="DIR",
-                   help="where teacher_train.py left its weights (default: %(default)s)")
-    p.add_argument("--alpha", type=number(float, 0), default=1.0,
-                   help="weight of the teacher's answers (default: %(default)s)")
-    p.add_argument("--beta", type=number(float, 0), default=0.0,
-                   help="weight of the labels (default: %(default)s)")
-    p.add_argument("--T", type=number(float, 0, above=True), default=4.0,
-                   help="temperature (default: %(default)s)")
+        p.add_argument(
+            f"--{role}",
+            choices=sorted(MODELS),
+            metavar="NAME",
+            help="one of " + ", ".join(sorted(MODELS)) + " (default: see above)"
+            if role == "teacher"
+            else "the same names (default: see above)",
+        )
+    p.add_argument(
+        "--teacher_ckpt",
+        "--teacher_dir",
+        metavar="FILE",
+        help="the teacher's weights (default: <checkpoints>/<dataset>-<teacher>.pt)",
+    )
+    p.add_argument(
+        "--checkpoints",
+        default="./checkpoints",
+        metavar="DIR",
+        help="where teacher_train.py left its weights (default: %(default)s)",
+    )
+    p.add_argument(
+        "--alpha",
+        type=number(float, 0),
+        default=1.0,
+        help="weight of the teacher's answers (default: %(default)s)",
+    )
+    p.add_argument(
+        "--beta", type=number(float, 0), default=0.0, help="weight of the labels (default: %(default)s)"
+    )
+    p.add_argument(
+        "--T", type=number(float, 0, above=True), default=4.0, help="temperature (default: %(default)s)"
+    )
     p.add_argument("--optimizer", choices=("adam", "adamw", "sgd"), help="(default: see above)")
-    for flag, kind in (("lr", number(float, 0, above=True)), ("weight_decay", number(float, 0)),
-                       ("batch_size", number(int, 2)), ("n_epochs", number(int, 1))):
+    for flag, kind in (
+        ("lr", number(float, 0, above=True)),
+        ("weight_decay", number(float, 0)),
+        ("batch_size", number(int, 2)),
+        ("n_epochs", number(int, 1)),
+    ):
         p.add_argument(f"--{flag}", type=kind, metavar="X", help="(default: see above)")
-    p.add_argument("--milestones", type=number(float, 0, 1), nargs="*", metavar="FRACTION",
-                   help="lr x 0.1 at these fractions of the epochs (default: see above)")
+    p.add_argument(
+        "--milestones",
+        type=number(float, 0, 1),
+        nargs="*",
+        metavar="FRACTION",
+        help="lr x 0.1 at these fractions of the epochs (default: see above)",
+    )
     p.add_argument("--img_size", type=number(int, 8), help="(default: the model's or data's)")
     add_run_arguments(p)
     args = p.parse_args(argv)
@@ -151,15 +206,15 @@ def transfer_images(args, data):
     """The split of images that --transfer_set names, other than noise; a folder's undecoded."""
     if args.transfer_set == "original":
         return data.train
-    return get_wild(args.transfer_set, args.transfer_root or args.data_root, data.img_size,
-                    data.channels)[0]
+    return get_wild(args.transfer_set, args.transfer_root or args.data_root, data.img_size, data.channels)[0]
 
 
 def main(args):
     """Distil or evaluate; returns the content of result.json."""
     runtime = setup(args)
-    data = get_dataset(args.dataset, args.data_root, img_size=args.img_size, mean=args.mean,
-                       std=args.std).to(runtime.device)
+    data = get_dataset(args.dataset, args.data_root, img_size=args.img_size, mean=args.mean, std=args.std).to(
+        runtime.device
+    )
     student = get_model(args.student, data.num_classes, data.channels)
     taught = args.alpha > 0
     source = Path(args.transfer_set).name if taught else "scratch"
@@ -176,18 +231,24 @@ def main(args):
         transfer = None
     else:
         transfer, images = transform, images.held(IN_MEMORY).to(runtime.device)
-        batches = images.batches(args.batch_size, shuffle=True, device=runtime.device,
-                                 drop_last=len(images) % args.batch_size == 1)
+        batches = images.batches(
+            args.batch_size, shuffle=True, device=runtime.device, drop_last=len(images) % args.batch_size == 1
+        )
     run = Run(args, name, runtime)
     optimizer = make_optimizer(args.optimizer, student.parameters(), args.lr, args.weight_decay)
     start = run.start(student=student, optimizer=optimizer)
     teacher_accuracy = test_accuracy(teacher, data, transform, runtime) if taught else None
-    methods = {"scratch": SCRATCH, "original": ("KD original data", "KD-ORI", "KD"),
-               "noise": ("Random noise (normal distribution)", "RANDOM")}.get(source, OTHER_DATA)
+    methods = {
+        "scratch": SCRATCH,
+        "original": ("KD original data", "KD-ORI", "KD"),
+        "noise": ("Random noise (normal distribution)", "RANDOM"),
+    }.get(source, OTHER_DATA)
     cells = published(args.dataset, methods, args.teacher, args.student)
-    run.log((f"teacher {args.teacher}: {teacher_accuracy:.2f} %; " if taught else "")
-            + f"student {args.student}; transfer set {args.transfer_set}; published: "
-            + describe(cells))
+    run.log(
+        (f"teacher {args.teacher}: {teacher_accuracy:.2f} %; " if taught else "")
+        + f"student {args.student}; transfer set {args.transfer_set}; published: "
+        + describe(cells)
+    )
     run.progress([len(batches)] * args.n_epochs, args.batch_size)
     card = checkpoint.card(args.student, data, transform)
     for epoch in range(start, args.n_epochs):
@@ -196,9 +257,14 @@ def main(args):
         accuracy = test_accuracy(student, data, transform, runtime)
         run.end_epoch(epoch, accuracy, {"loss": loss}, student, card)
     return run.finish(
-        method=f"KD ({source})" if taught else "Student", dataset=data.name,
-        teacher=args.teacher, student=args.student, teacher_accuracy=teacher_accuracy,
-        published=cells, fingerprint=data.fingerprint)
+        method=f"KD ({source})" if taught else "Student",
+        dataset=data.name,
+        teacher=args.teacher,
+        student=args.student,
+        teacher_accuracy=teacher_accuracy,
+        published=cells,
+        fingerprint=data.fingerprint,
+    )
 
 
 if __name__ == "__main__":

@@ -58,31 +58,68 @@ IN_MEMORY = 2**30  # bytes of pixels up to which a folder's images are decoded o
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    p.add_argument("--dataset", choices=SEGMENTATIONS, default="camvid",
-                   help="the teacher's data set (default: %(default)s)")
-    p.add_argument("--transfer_set", default="original", metavar="SET", help="original, noise, or "
-                   "a folder (any depth) or zip of images (default: %(default)s)")
+    p.add_argument(
+        "--dataset",
+        choices=SEGMENTATIONS,
+        default="camvid",
+        help="the teacher's data set (default: %(default)s)",
+    )
+    p.add_argument(
+        "--transfer_set",
+        default="original",
+        metavar="SET",
+        help="original, noise, or a folder (any depth) or zip of images (default: %(default)s)",
+    )
     for role, network in (("teacher", "deeplabv3_resnet50"), ("student", "deeplabv3_mobilenet")):
-        p.add_argument(f"--{role}", choices=sorted(SEGMENTERS), default=network, metavar="NAME",
-                       help="one of " + ", ".join(sorted(SEGMENTERS)) + " (default: %(default)s)")
-    p.add_argument("--teacher_ckpt", "--teacher_dir", metavar="FILE",
-                   help="the teacher's weights (default: <checkpoints>/<dataset>-<teacher>.pt)")
-    p.add_argument("--checkpoints", default="./checkpoints", metavar="DIR",
-                   help="where teacher_train_seg.py left its weights (default: %(default)s)")
+        p.add_argument(
+            f"--{role}",
+            choices=sorted(SEGMENTERS),
+            default=network,
+            metavar="NAME",
+            help="one of " + ", ".join(sorted(SEGMENTERS)) + " (default: %(default)s)",
+        )
+    p.add_argument(
+        "--teacher_ckpt",
+        "--teacher_dir",
+        metavar="FILE",
+        help="the teacher's weights (default: <checkpoints>/<dataset>-<teacher>.pt)",
+    )
+    p.add_argument(
+        "--checkpoints",
+        default="./checkpoints",
+        metavar="DIR",
+        help="where teacher_train_seg.py left its weights (default: %(default)s)",
+    )
     for flag, kind, value in (
-        ("lr", number(float, 0, above=True), 0.1), ("weight_decay", number(float, 0), 5e-4),
-        ("batch_size", number(int, 2), 16), ("n_epochs", number(int, 1), 200),
+        ("lr", number(float, 0, above=True), 0.1),
+        ("weight_decay", number(float, 0), 5e-4),
+        ("batch_size", number(int, 2), 16),
+        ("n_epochs", number(int, 1), 200),
     ):
-        p.add_argument(f"--{flag}", type=kind, default=value, metavar="X",
-                       help="(default: %(default)s)")
-    p.add_argument("--milestones", type=number(float, 0, 1), nargs="*", default=[0.5],
-                   metavar="FRACTION", help="lr x 0.1 at these fractions of the epochs "
-                   "(default: 0.5)")
-    p.add_argument("--crop", type=number(int, 32, 256), default=128, metavar="PIXELS",
-                   help="side of the images that the student learns on (default: %(default)s)")
-    p.add_argument("--save_img", type=number(int, 0), default=4, metavar="N",
-                   help="at the end write N test images beside ground truth, teacher's and "
-                   "student's classes (default: %(default)s)")
+        p.add_argument(f"--{flag}", type=kind, default=value, metavar="X", help="(default: %(default)s)")
+    p.add_argument(
+        "--milestones",
+        type=number(float, 0, 1),
+        nargs="*",
+        default=[0.5],
+        metavar="FRACTION",
+        help="lr x 0.1 at these fractions of the epochs (default: 0.5)",
+    )
+    p.add_argument(
+        "--crop",
+        type=number(int, 32, 256),
+        default=128,
+        metavar="PIXELS",
+        help="side of the images that the student learns on (default: %(default)s)",
+    )
+    p.add_argument(
+        "--save_img",
+        type=number(int, 0),
+        default=4,
+        metavar="N",
+        help="at the end write N test images beside ground truth, teacher's and "
+        "student's classes (default: %(default)s)",
+    )
     add_run_arguments(p)
     args = p.parse_args(argv)
     args.argv = argv
@@ -133,10 +170,10 @@ def main(args):
     source = Path(args.transfer_set).expanduser().absolute()
     name = f"vanilla_kd_seg-{args.dataset}-{args.teacher}-{args.student}-{source.name}"
     if args.evaluate_only:
-        return evaluate_checkpoint(args, name, student, args.student, data, runtime, mean_iou,
-                                   "mIoU")
-    teacher, card = checkpoint.load_teacher(args, lambda name, n, _: get_segmenter(name, n), data,
-                                            "teacher_train_seg.py")
+        return evaluate_checkpoint(args, name, student, args.student, data, runtime, mean_iou, "mIoU")
+    teacher, card = checkpoint.load_teacher(
+        args, lambda name, n, _: get_segmenter(name, n), data, "teacher_train_seg.py"
+    )
     images, size, facts = None, len(data.train), {}
     if args.transfer_set not in METHODS:
         # The whole path, as a bare name could be that of a data set.
@@ -144,8 +181,9 @@ def main(args):
         size = len(images)
         facts = {"transfer_images": size, "transfer_fingerprint": fingerprint}
     if size < args.batch_size:
-        raise UsageError(f"--batch_size {args.batch_size} does not fit into {size} images of the "
-                         "transfer set: lower it")
+        raise UsageError(
+            f"--batch_size {args.batch_size} does not fit into {size} images of the transfer set: lower it"
+        )
     if images:
         images = images.held(IN_MEMORY).to(runtime.device)
     runtime.place(teacher, student)
@@ -155,11 +193,12 @@ def main(args):
     optimizer = make_optimizer("sgd", student.parameters(), args.lr, args.weight_decay)
     start = run.start(student=student, optimizer=optimizer)
     teacher_score = mean_iou(teacher, data, transform, runtime)
-    cells = published(args.dataset, METHODS.get(args.transfer_set, OTHER_DATA), args.teacher,
-                      args.student)
-    run.log(f"teacher {args.teacher}: {teacher_score:.2f} %; student {args.student}; transfer set "
-            f"{args.transfer_set}; {runtime.precision} on {runtime.device}; published: "
-            f"{describe(cells)}")
+    cells = published(args.dataset, METHODS.get(args.transfer_set, OTHER_DATA), args.teacher, args.student)
+    run.log(
+        f"teacher {args.teacher}: {teacher_score:.2f} %; student {args.student}; transfer set "
+        f"{args.transfer_set}; {runtime.precision} on {runtime.device}; published: "
+        f"{describe(cells)}"
+    )
     run.progress([size // args.batch_size] * args.n_epochs, args.batch_size)
     card, scores = checkpoint.card(args.student, data, transform), {}
     for epoch in range(start, args.n_epochs):
@@ -170,11 +209,24 @@ def main(args):
         percent = scores.pop("mIoU")
         run.end_epoch(epoch, percent, {"loss": loss}, student, card, **scores)
     result = run.finish(
-        method=f"KD ({source.name})", dataset=data.name, teacher=args.teacher,
-        student=args.student, teacher_accuracy=teacher_score, published=cells,
-        fingerprint=data.fingerprint, last_scores=scores, **facts)
-    side_by_side(run.folder / "samples", {"teacher": teacher, "student": student}, data, transform,
-                 runtime, args.save_img)
+        method=f"KD ({source.name})",
+        dataset=data.name,
+        teacher=args.teacher,
+        student=args.student,
+        teacher_accuracy=teacher_score,
+        published=cells,
+        fingerprint=data.fingerprint,
+        last_scores=scores,
+        **facts,
+    )
+    side_by_side(
+        run.folder / "samples",
+        {"teacher": teacher, "student": student},
+        data,
+        transform,
+        runtime,
+        args.save_img,
+    )
     return result
 
 

@@ -192,9 +192,7 @@ def _fit(split: TensorSplit, img_size: int, channels: int) -> TensorSplit:
     for images in split.images.split(4096):  # the arithmetic needs several bytes per value
         if channels == 1 and images.shape[1] == 3:
             # Pillow's own arithmetic: 16-bit fixed point, rounded.
-            weights = torch.tensor([round(w * 65536) for w in LUMA], dtype=torch.int32).view(
-                3, 1, 1
-            )
+            weights = torch.tensor([round(w * 65536) for w in LUMA], dtype=torch.int32).view(3, 1, 1)
             images = ((images * weights).sum(1, keepdim=True) + 32768 >> 16).to(torch.uint8)
         if images.shape[-2:] != (img_size, img_size):
             images = F.resize(images, [img_size, img_size], antialias=True)

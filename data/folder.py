@@ -96,8 +96,7 @@ def list_split(split: Path, names: Sequence[str]) -> FileSplit:
         found = images_below(split / name)
         if not found:
             raise DataError(
-                f"no images in {split / name}: add some ({_ENDINGS}), or delete the folder in "
-                "both splits"
+                f"no images in {split / name}: add some ({_ENDINGS}), or delete the folder in both splits"
             )
         paths += found
         labels += [label] * len(found)
@@ -115,9 +114,7 @@ def side_of(path: Path) -> int:
         with Image.open(path) as image:
             width, height = image.size
     except Exception as error:  # decoders raise nearly anything on damaged files
-        raise DataError(
-            f"cannot read image {path} ({one_line(error)}): replace or delete it"
-        ) from None
+        raise DataError(f"cannot read image {path} ({one_line(error)}): replace or delete it") from None
     if width != height:
         raise DataError(
             f"{path} is {width}x{height}, not square: choose a size with img_size, to which the "
@@ -133,9 +130,7 @@ def open_files(raw: Raw, img_size: int, channels: int, limit: int, statistics: b
     file appears, vanishes or changes. Returns (train, test, (mean, std) or None, fingerprint).
     Raises DataError if a file cannot be read (streamed: only where statistics are computed).
     """
-    train, test = (
-        replace(split, img_size=img_size, channels=channels) for split in (raw.train, raw.test)
-    )
+    train, test = (replace(split, img_size=img_size, channels=channels) for split in (raw.train, raw.test))
     files = _describe(raw)
     stamps = [(name, size, modified) for name, size, modified, _ in files]
     key = hashlib.sha256(repr((DECODER_VERSION, stamps)).encode()).hexdigest()

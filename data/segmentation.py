@@ -44,12 +44,10 @@ class SegmentationSplit:
         cut = v2.Compose([v2.RandomCrop(size), v2.RandomHorizontalFlip()])
         for rows in torch.randperm(len(self)).split(batch_size)[: len(self) // batch_size]:
             pairs = [
-                cut(tv_tensors.Image(self.images[i]), tv_tensors.Mask(self.labels[i]))
-                for i in rows.tolist()
+                cut(tv_tensors.Image(self.images[i]), tv_tensors.Mask(self.labels[i])) for i in rows.tolist()
             ]
             images, labels = (
-                torch.stack([p.as_subclass(Tensor) for p in part])
-                for part in zip(*pairs, strict=True)
+                torch.stack([p.as_subclass(Tensor) for p in part]) for part in zip(*pairs, strict=True)
             )
             yield images.to(device), labels.to(device).long()
 
@@ -174,8 +172,10 @@ def load_nyuv2(root: Path) -> Segmentation:
     splits = []
     for part, numbers in parts.items():
         labels = place / "nyuv2-meta-data" / f"{part}_labels_13"
-        pairs = [(place / "480_640" / "IMAGE" / f"{i - 1}.png",
-                  labels / f"new_nyu_class13_{i:04}.png") for i in numbers]
+        pairs = [
+            (place / "480_640" / "IMAGE" / f"{i - 1}.png", labels / f"new_nyu_class13_{i:04}.png")
+            for i in numbers
+        ]
         splits.append(_read(pairs, table, "1..13, or 0 for void"))
     return Segmentation("nyuv2", *splits, tuple(NYUV2), tuple(NYUV2.values()))
 
@@ -204,9 +204,7 @@ def _read(pairs: list[tuple[Path, Path]], table: np.ndarray, known: str) -> Segm
         scale = SHORT_SIDE / min(image.size)
         size = tuple(int(side * scale) for side in image.size)
         image = image.resize(size, Image.Resampling.BILINEAR)
-        label = Image.fromarray(table[values].astype(np.uint8)).resize(
-            size, Image.Resampling.NEAREST
-        )
+        label = Image.fromarray(table[values].astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
         labels.append(torch.from_numpy(np.array(label)))
     return SegmentationSplit(images, labels)
@@ -218,7 +216,8 @@ def _open(path: Path, mode: str | None) -> Image.Image:
             image.load()
             return image.convert(mode) if mode else image
     except FileNotFoundError:
-        raise DataError(f"{path} is missing: every image needs its label file, unpack the data "
-                        "again") from None
+        raise DataError(
+            f"{path} is missing: every image needs its label file, unpack the data again"
+        ) from None
     except Exception as error:  # decoders raise nearly anything on damaged files
         raise DataError(f"cannot read {path} ({one_line(error)}): fetch it again") from None

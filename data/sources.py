@@ -167,8 +167,7 @@ def load_caltech101(root: Path, download: bool, attribute: str | None) -> Raw:
         return None
 
     wanted = "101_ObjectCategories"
-    return _find_or_download("caltech101", find, datasets.Caltech101, wanted, places, root,
-                             download)
+    return _find_or_download("caltech101", find, datasets.Caltech101, wanted, places, root, download)
 
 
 def split_class(names: list[str]) -> tuple[list[str], list[str]]:
@@ -190,8 +189,10 @@ def _read_caltech101(place: Path) -> Raw:
     for label, name in enumerate(names):
         images = images_below(folder / name)
         if len(images) < 3:
-            raise DataError(f"{len(images)} image(s) in {folder / name}: unpack the original "
-                            "archive again, every class has 31 or more")
+            raise DataError(
+                f"{len(images)} image(s) in {folder / name}: unpack the original "
+                "archive again, every class has 31 or more"
+            )
         by_name = {path.name: path for path in images}
         for part, found in enumerate(split_class(list(by_name))):
             paths[part].extend(by_name[n] for n in found)
@@ -225,9 +226,7 @@ def _read_celeba(place: Path, attribute: str | None) -> Raw:
     names, rows = header.split(), [line.split() for line in lines]
     if attribute and attribute not in names:
         raise DataError(f"celeba has no attribute '{attribute}'; choose one of: {' '.join(names)}")
-    partition = dict(
-        line.split() for line in (place / "list_eval_partition.txt").read_text().splitlines()
-    )
+    partition = dict(line.split() for line in (place / "list_eval_partition.txt").read_text().splitlines())
     part = np.array([int(partition[row[0]]) for row in rows])
     values = np.array([row[1:] for row in rows]) == "1"
     if attribute:
@@ -246,9 +245,7 @@ def _load_idx(name: str, cls, class_names: tuple[str, ...], root: Path, download
     # The bare root last: another dataset's files, which have the same names, may lie there.
     places = [root / name, root / cls.__name__ / "raw", root]
     files = [
-        f"{split}-{kind}-ubyte"
-        for split in ("train", "t10k")
-        for kind in ("images-idx3", "labels-idx1")
+        f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
     ]
 
     def find() -> Raw | None:
@@ -259,9 +256,7 @@ def _load_idx(name: str, cls, class_names: tuple[str, ...], root: Path, download
                 for i in (0, 2):
                     images, labels = arrays[i : i + 2]
                     if len(images) != len(labels) or labels.max(initial=0) >= len(class_names):
-                        raise DataError(
-                            f"{found[i + 1]} does not fit its images: {_fresh_copy(place)}"
-                        )
+                        raise DataError(f"{found[i + 1]} does not fit its images: {_fresh_copy(place)}")
                 return Raw(_tensors(*arrays[:2]), _tensors(*arrays[2:]), class_names)
         return None
 
@@ -285,16 +280,13 @@ def read_idx(path: Path) -> np.ndarray:
         if path.suffix == ".gz":
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path} cannot be read ({one_line(error)}): {_fresh_copy(path.parent)}"
-        ) from None
+        raise DataError(f"{path} cannot be read ({one_line(error)}): {_fresh_copy(path.parent)}") from None
     dimensions = 3 if "idx3" in path.name else 1
     start = 4 + 4 * dimensions
     shape = np.frombuffer(content[4:start], ">u4").tolist() if len(content) >= start else []
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) - start != np.prod(shape):
         raise DataError(
-            f"{path} is no IDX file or is cut off ({len(content)} bytes): "
-            f"{_fresh_copy(path.parent)}"
+            f"{path} is no IDX file or is cut off ({len(content)} bytes): {_fresh_copy(path.parent)}"
         )
     values = np.frombuffer(content, np.uint8, offset=start)
     return values.reshape(shape[0], 1, *shape[1:]) if dimensions == 3 else values
@@ -312,8 +304,7 @@ def _find_cifar(cls, places: list[Path]) -> Raw | None:
 
 def _tensors(images: np.ndarray, labels) -> TensorSplit:
     return TensorSplit(
-        torch.from_numpy(np.array(images, np.uint8, order="C")),
-        torch.from_numpy(np.array(labels, np.int64)),
+        torch.from_numpy(np.array(images, np.uint8, order="C")), torch.from_numpy(np.array(labels, np.int64))
     )
 
 

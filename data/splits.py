@@ -128,8 +128,11 @@ class FileSplit:
 
     def take(self, rows: Tensor) -> "FileSplit":
         """The split of these rows, int64 (n,) on the CPU."""
-        paths = self.paths[rows.numpy()] if isinstance(self.paths, np.ndarray) else [
-            self.paths[row] for row in rows.tolist()]
+        paths = (
+            self.paths[rows.numpy()]
+            if isinstance(self.paths, np.ndarray)
+            else [self.paths[row] for row in rows.tolist()]
+        )
         return replace(self, paths=paths, labels=self.labels[rows])
 
     def held(self, limit: float) -> "TensorSplit | FileSplit":
@@ -163,15 +166,11 @@ class FileSplit:
 
     def decode(self) -> TensorSplit:
         """The whole split in memory. Raises DataError that counts all files it cannot read."""
-        images = torch.empty(
-            len(self), self.channels, self.img_size, self.img_size, dtype=torch.uint8
-        )
+        images = torch.empty(len(self), self.channels, self.img_size, self.img_size, dtype=torch.uint8)
         start, broken = 0, []
         order = torch.arange(len(self), device="cpu")
         loader = self._loader(order, 256)
-        for batch, _, unreadable in tqdm(
-            loader, "decoding images", leave=False, delay=2, disable=None
-        ):
+        for batch, _, unreadable in tqdm(loader, "decoding images", leave=False, delay=2, disable=None):
             broken += unreadable
             images[start : start + len(batch)] = batch
             start += len(batch)

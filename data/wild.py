@@ -59,13 +59,13 @@ def open_wild(root: Path, img_size: int, channels: int) -> tuple[WildSplit, str]
         raise DataError(f"cannot read image set {root} ({one_line(error)}): check it") from None
     endings = tuple(os.fsencode(suffix) for suffix in SUFFIXES)
     files = sorted(
-        file for file in files
+        file
+        for file in files
         if file[0].lower().endswith(endings)
         and not any(part.startswith((b".", b"__MACOSX")) for part in file[0].split(b"/"))
     )
     if not files:
-        raise DataError(f"no images in {root}: it needs files such as "
-                        + " ".join(SUFFIXES))
+        raise DataError(f"no images in {root}: it needs files such as " + " ".join(SUFFIXES))
     digest = hashlib.sha256()
     for file in files:
         digest.update(repr(file).encode())

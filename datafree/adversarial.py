@@ -34,16 +34,23 @@ def parse_classifier(argv, card, presets, models, agree_on_size):
             set being the default. models, agree_on_size: of models/.
     """
     p = Parser(card.format(presets=describe_presets(presets)))
-    p.add_argument("--dataset", choices=presets, default=next(iter(presets)),
-                   help="the teacher's data set; only its test images are used "
-                        "(default: %(default)s)")
+    p.add_argument(
+        "--dataset",
+        choices=presets,
+        default=next(iter(presets)),
+        help="the teacher's data set; only its test images are used (default: %(default)s)",
+    )
     for role in ("teacher", "student"):
-        p.add_argument(f"--{role}", choices=sorted(models), metavar="NAME",
-                       help="(default: see above) " + (
-                           "one of " + ", ".join(sorted(models)) if role == "teacher" else
-                           "the same names"))
-    p.add_argument("--variant", choices=("dfad", "mmrazor"), default="dfad",
-                   help="whose setting (default: %(default)s)")
+        p.add_argument(
+            f"--{role}",
+            choices=sorted(models),
+            metavar="NAME",
+            help="(default: see above) "
+            + ("one of " + ", ".join(sorted(models)) if role == "teacher" else "the same names"),
+        )
+    p.add_argument(
+        "--variant", choices=("dfad", "mmrazor"), default="dfad", help="whose setting (default: %(default)s)"
+    )
     add_game_arguments(p)
     p.add_argument("--img_size", type=number(int, 8), help="(default: the model's or data's)")
     add_run_arguments(p)
@@ -70,24 +77,41 @@ def add_game_arguments(p):
     ):
         p.add_argument(*names, type=kind, metavar="X", help=f"{text} (default: see above)")
     p.add_argument("--optimizer_G", choices=("adam", "adamw"), help="(default: see above)")
-    p.add_argument("--scheduler", action="store_true",
-                   help="both learning rates x0.1 at --milestones")
-    p.add_argument("--milestones", type=number(float, 0, 1), nargs="*", metavar="FRACTION",
-                   help="with --scheduler: fractions of the epochs (default: see above)")
-    p.add_argument("--step_size", type=number(int, 1), metavar="N",
-                   help="with --scheduler: x0.1 every N epochs instead")
-    p.add_argument("--teacher_ckpt", "--teacher_dir", metavar="FILE",
-                   help="the teacher's weights: a file, or a run folder "
-                        "(default: <checkpoints>/<dataset>-<teacher>.pt)")
-    p.add_argument("--checkpoints", default="./checkpoints", metavar="DIR",
-                   help="where the teachers' weights are (default: %(default)s)")
-    p.add_argument("--sample_every", type=number(int, 0), default=10, metavar="N",
-                   help="write a grid of generated images each N epochs, 0 for never "
-                        "(default: %(default)s)")
+    p.add_argument("--scheduler", action="store_true", help="both learning rates x0.1 at --milestones")
+    p.add_argument(
+        "--milestones",
+        type=number(float, 0, 1),
+        nargs="*",
+        metavar="FRACTION",
+        help="with --scheduler: fractions of the epochs (default: see above)",
+    )
+    p.add_argument(
+        "--step_size", type=number(int, 1), metavar="N", help="with --scheduler: x0.1 every N epochs instead"
+    )
+    p.add_argument(
+        "--teacher_ckpt",
+        "--teacher_dir",
+        metavar="FILE",
+        help="the teacher's weights: a file, or a run folder (default: <checkpoints>/<dataset>-<teacher>.pt)",
+    )
+    p.add_argument(
+        "--checkpoints",
+        default="./checkpoints",
+        metavar="DIR",
+        help="where the teachers' weights are (default: %(default)s)",
+    )
+    p.add_argument(
+        "--sample_every",
+        type=number(int, 0),
+        default=10,
+        metavar="N",
+        help="write a grid of generated images each N epochs, 0 for never (default: %(default)s)",
+    )
 
 
-def train_epoch(epoch, generator, teacher, student, optimizer_S, optimizer_G, args, runtime, tick,
-                log_space=False):
+def train_epoch(
+    epoch, generator, teacher, student, optimizer_S, optimizer_G, args, runtime, tick, log_space=False
+):
     """args.epoch_itrs iterations of the game; returns the mean of both losses.
 
     The student stays in train mode throughout, as published.
@@ -108,8 +132,7 @@ def train_epoch(epoch, generator, teacher, student, optimizer_S, optimizer_G, ar
             total_S += loss_S / args.k
             tick(loss_S)
         z = generator.latents(args.batch_size, device=runtime.device)
-        loss_G = generator_step(z, generator, teacher, student, optimizer_G, runtime.autocast,
-                                log_space)
+        loss_G = generator_step(z, generator, teacher, student, optimizer_G, runtime.autocast, log_space)
         total_G += loss_G
         tick(loss_S)
     return {"loss_S": total_S / args.epoch_itrs, "loss_G": total_G / args.epoch_itrs}
@@ -154,8 +177,21 @@ def lr_fall(epoch, args):
     return lr_at(epoch, 1.0, args.n_epochs, args.milestones)
 
 
-def play(args, name, runtime, teacher, student, generator, evaluate, card, pictures, cells, facts,
-         log_space=False, score="Acc@1"):
+def play(
+    args,
+    name,
+    runtime,
+    teacher,
+    student,
+    generator,
+    evaluate,
+    card,
+    pictures,
+    cells,
+    facts,
+    log_space=False,
+    score="Acc@1",
+):
     """The whole run of a script: the game, tests, record; returns the content of result.json.
 
     Args:
@@ -168,24 +204,32 @@ def play(args, name, runtime, teacher, student, generator, evaluate, card, pictu
     run = Run(args, name, runtime, score)
     optimizer_S = make_optimizer("sgd", student.parameters(), args.lr_S, args.weight_decay)
     optimizer_G = make_optimizer(args.optimizer_G, generator.parameters(), args.lr_G)
-    start = run.start(student=student, generator=generator, optimizer_S=optimizer_S,
-                      optimizer_G=optimizer_G)
+    start = run.start(student=student, generator=generator, optimizer_S=optimizer_S, optimizer_G=optimizer_G)
     (teacher_score, _), more = evaluate(teacher), {}
-    run.log(f"teacher {args.teacher}: {teacher_score:.2f} %; student {args.student}; "
-            f"{runtime.precision} on {runtime.device}; published: {describe(cells)}")
+    run.log(
+        f"teacher {args.teacher}: {teacher_score:.2f} %; student {args.student}; "
+        f"{runtime.precision} on {runtime.device}; published: {describe(cells)}"
+    )
     run.progress([args.epoch_itrs * (args.k + 1)] * args.n_epochs, args.batch_size)
     for epoch in range(start, args.n_epochs):
-        losses = train_epoch(epoch, generator, teacher, student, optimizer_S, optimizer_G, args,
-                             runtime, run.tick, log_space)
+        losses = train_epoch(
+            epoch, generator, teacher, student, optimizer_S, optimizer_G, args, runtime, run.tick, log_space
+        )
         percent, more = evaluate(student)
         run.end_epoch(epoch, percent, losses, student, card, **more)
         last = epoch + 1 == args.n_epochs
         if args.sample_every and (last or (epoch + 1) % args.sample_every == 0):
             run.images(f"epoch{epoch + 1:04}", pictures())
     return run.finish(
-        method="DFAD", teacher=args.teacher, student=args.student,
-        teacher_accuracy=teacher_score, published=cells, last_scores=more,
-        generated_images=args.n_epochs * args.epoch_itrs * (args.k + 1) * args.batch_size, **facts)
+        method="DFAD",
+        teacher=args.teacher,
+        student=args.student,
+        teacher_accuracy=teacher_score,
+        published=cells,
+        last_scores=more,
+        generated_images=args.n_epochs * args.epoch_itrs * (args.k + 1) * args.batch_size,
+        **facts,
+    )
 
 
 def distil_classifier(args, script, generator, get_dataset, get_model, get_generator):
@@ -196,8 +240,9 @@ def distil_classifier(args, script, generator, get_dataset, get_model, get_gener
         get_dataset, get_model, get_generator: of data/ and models/.
     """
     runtime = setup(args)
-    data = get_dataset(args.dataset, args.data_root, img_size=args.img_size, mean=args.mean,
-                       std=args.std).to(runtime.device)
+    data = get_dataset(args.dataset, args.data_root, img_size=args.img_size, mean=args.mean, std=args.std).to(
+        runtime.device
+    )
     student = get_model(args.student, data.num_classes, data.channels)
     name = f"{script}-{args.dataset}-{args.teacher}-{args.student}"
     name += "" if args.variant == "dfad" else f"-{args.variant}"
@@ -218,11 +263,18 @@ def distil_classifier(args, script, generator, get_dataset, get_model, get_gener
         return transform.denormalize(generator(z_shown).float())
 
     return play(
-        args, name, runtime, fold_batch_norm(teacher), student, generator,
+        args,
+        name,
+        runtime,
+        fold_batch_norm(teacher),
+        student,
+        generator,
         evaluate=lambda network: (test_accuracy(network, data, transform, runtime), {}),
-        card=checkpoint.card(args.student, data, transform), pictures=pictures,
+        card=checkpoint.card(args.student, data, transform),
+        pictures=pictures,
         cells=published(args.dataset, ("DFAD",), args.teacher, args.student),
-        facts={"dataset": data.name, "fingerprint": data.fingerprint})
+        facts={"dataset": data.name, "fingerprint": data.fingerprint},
+    )
 
 
 def parse_segmenter(argv, card, preset, models):
@@ -233,14 +285,29 @@ def parse_segmenter(argv, card, preset, models):
     """
     p = Parser(card.format(presets=describe_presets({preset["dataset"]: preset})))
     for role in ("teacher", "student"):
-        p.add_argument(f"--{role}", choices=sorted(models), metavar="NAME",
-                       help=f"one of {', '.join(sorted(models))} (default: {preset[role]})")
+        p.add_argument(
+            f"--{role}",
+            choices=sorted(models),
+            metavar="NAME",
+            help=f"one of {', '.join(sorted(models))} (default: {preset[role]})",
+        )
     add_game_arguments(p)
-    p.add_argument("--img_size", type=number(int, 16), default=128,
-                   help="side of the generated images (default: %(default)s)")
-    p.add_argument("--save_img", type=number(int, 0), nargs="?", const=10**9, default=0,
-                   metavar="N", help="at the end write N test images (all without a number) beside "
-                   "ground truth, teacher's and student's classes")
+    p.add_argument(
+        "--img_size",
+        type=number(int, 16),
+        default=128,
+        help="side of the generated images (default: %(default)s)",
+    )
+    p.add_argument(
+        "--save_img",
+        type=number(int, 0),
+        nargs="?",
+        const=10**9,
+        default=0,
+        metavar="N",
+        help="at the end write N test images (all without a number) beside "
+        "ground truth, teacher's and student's classes",
+    )
     add_run_arguments(p)
     args = p.parse_args(argv)
     args.argv = argv
@@ -256,10 +323,10 @@ def distil_segmenter(args, script, get_segmentation, get_segmenter, get_generato
     student = get_segmenter(args.student, data.num_classes)
     name = f"{script}-{args.dataset}-{args.teacher}-{args.student}"
     if args.evaluate_only:
-        return evaluate_checkpoint(args, name, student, args.student, data, runtime, mean_iou,
-                                   "mIoU")
-    teacher, card = checkpoint.load_teacher(args, lambda name, n, _: get_segmenter(name, n), data,
-                                            "teacher_train_seg.py")
+        return evaluate_checkpoint(args, name, student, args.student, data, runtime, mean_iou, "mIoU")
+    teacher, card = checkpoint.load_teacher(
+        args, lambda name, n, _: get_segmenter(name, n), data, "teacher_train_seg.py"
+    )
     try:
         generator = get_generator("generator_b", args.nz, args.img_size, data.channels)
     except ValueError as error:
@@ -278,13 +345,21 @@ def distil_segmenter(args, script, get_segmentation, get_segmenter, get_generato
         return scores.pop("mIoU"), scores
 
     result = play(
-        args, name, runtime, fold_batch_norm(teacher), student, generator, evaluate,
-        card=checkpoint.card(args.student, data, transform), pictures=pictures,
+        args,
+        name,
+        runtime,
+        fold_batch_norm(teacher),
+        student,
+        generator,
+        evaluate,
+        card=checkpoint.card(args.student, data, transform),
+        pictures=pictures,
         cells=published(args.dataset, ("DFAD",), args.teacher, args.student),
-        facts={"dataset": data.name, "fingerprint": data.fingerprint}, log_space=True,
-        score="mIoU")
+        facts={"dataset": data.name, "fingerprint": data.fingerprint},
+        log_space=True,
+        score="mIoU",
+    )
     if args.save_img:
         networks = {"teacher": teacher, "student": student}
-        side_by_side(run_folder(args, name) / "samples", networks, data, transform, runtime,
-                     args.save_img)
+        side_by_side(run_folder(args, name) / "samples", networks, data, transform, runtime, args.save_img)
     return result

@@ -74,8 +74,9 @@ def random_resized_crop(x, area):
         centres = (torch.arange(side, device=x.device) + 0.5) * length / side - 0.5
         centres = centres.clamp(min=0).minimum(length - 1) + start
         axes.append((2 * centres + 1) / side - 1)
-    grid = torch.stack([axes[1][:, None, :].expand(n, height, width),
-                        axes[0][:, :, None].expand(n, height, width)], dim=3)
+    grid = torch.stack(
+        [axes[1][:, None, :].expand(n, height, width), axes[0][:, :, None].expand(n, height, width)], dim=3
+    )
     return F.grid_sample(x, grid.to(x.dtype), align_corners=False, padding_mode="border")
 
 
@@ -99,8 +100,7 @@ class Transform:
         A network must meet images with the statistics that it was trained with, the card's.
         """
         card = card or {}
-        return cls(card.get("mean", data.mean), card.get("std", data.std), data.padding, data.flip,
-                   area)
+        return cls(card.get("mean", data.mean), card.get("std", data.std), data.padding, data.flip, area)
 
     def __call__(self, x, train=False):
         """(N, C, H, W) uint8 -> float32, normalised, channels_last; augmented if `train`."""

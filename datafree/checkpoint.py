@@ -8,12 +8,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from torchvision.models import (
-    MobileNet_V2_Weights,
-    ResNet18_Weights,
-    ResNet34_Weights,
-    ResNet50_Weights,
-)
+from torchvision.models import MobileNet_V2_Weights, ResNet18_Weights, ResNet34_Weights, ResNet50_Weights
 
 from datafree.runtime import UsageError
 
@@ -45,8 +40,10 @@ def save(state, path):
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UsageError(f"cannot write {path} ({error.strerror}): make room or choose another "
-                         "--out; the file from before is untouched") from error
+        raise UsageError(
+            f"cannot write {path} ({error.strerror}): make room or choose another "
+            "--out; the file from before is untouched"
+        ) from error
 
 
 def read(path, device="cpu"):
@@ -64,8 +61,10 @@ def read(path, device="cpu"):
             return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "global" in str(error).lower():
-            raise UsageError(f"checkpoint {path} holds code, not only weights, and was not "
-                             "loaded: save its state_dict() alone") from error
+            raise UsageError(
+                f"checkpoint {path} holds code, not only weights, and was not "
+                "loaded: save its state_dict() alone"
+            ) from error
         raise UsageError(f"checkpoint {path} is damaged or no checkpoint: make it again") from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise UsageError(f"checkpoint {path} is damaged or no checkpoint: make it again") from error
@@ -101,13 +100,18 @@ def load_weights(model, content, path, architecture):
         if wrong and all(k.startswith(last.rpartition(".")[0]) for k in wrong):
             raise UsageError(
                 f"checkpoint {path} has {len(state[last])} classes, the data set "
-                f"{len(own[last])}: use weights trained for this data set") from error
-        raise UsageError(f"checkpoint {path} is for {made_for}, not {architecture}: name the "
-                         "architecture that it was trained with") from error
+                f"{len(own[last])}: use weights trained for this data set"
+            ) from error
+        raise UsageError(
+            f"checkpoint {path} is for {made_for}, not {architecture}: name the "
+            "architecture that it was trained with"
+        ) from error
     if missing or unexpected:
-        raise UsageError(f"checkpoint {path} is for {made_for}, not {architecture} (it lacks "
-                         f"{len(missing)} of its tensors and has {len(unexpected)} others): name "
-                         "the architecture that it was trained with")
+        raise UsageError(
+            f"checkpoint {path} is for {made_for}, not {architecture} (it lacks "
+            f"{len(missing)} of its tensors and has {len(unexpected)} others): name "
+            "the architecture that it was trained with"
+        )
 
 
 def fetch(model):
@@ -122,17 +126,21 @@ def fetch(model):
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
         return pretrained.get_state_dict(progress=False)
     except Exception as error:  # whatever urllib, the hub or the disk raise
-        raise UsageError(f"{pretrained} could not be had ({type(error).__name__}): run once with a "
-                         f"network, or put {pretrained.url} into "
-                         f"{Path(torch.hub.get_dir()) / 'checkpoints'}") from error
+        raise UsageError(
+            f"{pretrained} could not be had ({type(error).__name__}): run once with a "
+            f"network, or put {pretrained.url} into "
+            f"{Path(torch.hub.get_dir()) / 'checkpoints'}"
+        ) from error
     finally:
         socket.setdefaulttimeout(timeout)
 
 
 def rng_state():
     """The states of every random generator that a run draws from."""
-    return {"cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
 
 
 def restore_rng(state):
@@ -149,9 +157,16 @@ def card(model, data, transform):
         data: with name, num_classes, class_names, img_size, channels.
         transform: with mean and std, one value per channel.
     """
-    return {"model": model, "dataset": data.name, "num_classes": data.num_classes,
-            "class_names": list(data.class_names), "img_size": data.img_size,
-            "channels": data.channels, "mean": list(transform.mean), "std": list(transform.std)}
+    return {
+        "model": model,
+        "dataset": data.name,
+        "num_classes": data.num_classes,
+        "class_names": list(data.class_names),
+        "img_size": data.img_size,
+        "channels": data.channels,
+        "mean": list(transform.mean),
+        "std": list(transform.std),
+    }
 
 
 def card_of(args, content):
@@ -182,14 +197,18 @@ def load_teacher(args, build, data, script="teacher_train.py"):
     path = path / "best.pt" if path.is_dir() else path
     if not path.exists():
         ready = args.dataset == "imagenet" and args.teacher in PRETRAINED
-        raise UsageError(f"teacher {path} does not exist: make it with `python {script} "
-                         f"--dataset {args.dataset} --model {args.teacher}"
-                         f"{' --pretrained' * ready}`, or give --teacher_ckpt FILE")
+        raise UsageError(
+            f"teacher {path} does not exist: make it with `python {script} "
+            f"--dataset {args.dataset} --model {args.teacher}"
+            f"{' --pretrained' * ready}`, or give --teacher_ckpt FILE"
+        )
     content = read(path)
     teacher = build(args.teacher, data.num_classes, data.channels)
     load_weights(teacher, content, path, args.teacher)
     card = card_of(args, content)
     if card.get("img_size", data.img_size) != data.img_size:
-        raise UsageError(f"teacher {path} was trained on images of {card['img_size']} pixels, not "
-                         f"{data.img_size}: give --img_size {card['img_size']}")
+        raise UsageError(
+            f"teacher {path} was trained on images of {card['img_size']} pixels, not "
+            f"{data.img_size}: give --img_size {card['img_size']}"
+        )
     return teacher.eval().requires_grad_(False), card

@@ -23,12 +23,14 @@ def fold_batch_norm(model):
     for node in list(graph.nodes):
         before = node.args[0] if node.args else None
         if (
-            node.op == "call_module" and isinstance(layers[node.target], nn.BatchNorm2d)
-            and isinstance(before, fx.Node) and before.op == "call_module"
-            and type(layers[before.target]) is nn.Conv2d and len(before.users) == 1
+            node.op == "call_module"
+            and isinstance(layers[node.target], nn.BatchNorm2d)
+            and isinstance(before, fx.Node)
+            and before.op == "call_module"
+            and type(layers[before.target]) is nn.Conv2d
+            and len(before.users) == 1
         ):
-            folded.set_submodule(before.target, fuse_conv_bn_eval(layers[before.target],
-                                                                  layers[node.target]))
+            folded.set_submodule(before.target, fuse_conv_bn_eval(layers[before.target], layers[node.target]))
             node.replace_all_uses_with(before)
             graph.erase_node(node)
             found = True

@@ -32,10 +32,10 @@ class BatchNormHooks:
         def record(i):
             def hook(layer, arguments):
                 self.inputs[i] = arguments[0]
+
             return hook
 
-        self.handles = [layer.register_forward_pre_hook(record(i))
-                        for i, layer in enumerate(self.layers)]
+        self.handles = [layer.register_forward_pre_hook(record(i)) for i, layer in enumerate(self.layers)]
         return self
 
     def __exit__(self, *error):
@@ -53,8 +53,9 @@ class BatchNormHooks:
         for i, (layer, (mean, var)) in enumerate(zip(self.layers, self.statistics, strict=True)):
             if self.buffers is not None:
                 old_mean, old_var = self.buffers[i]
-                mean, var = (torch.lerp(new, old, self.momentum)
-                             for new, old in ((mean, old_mean), (var, old_var)))
+                mean, var = (
+                    torch.lerp(new, old, self.momentum) for new, old in ((mean, old_mean), (var, old_var))
+                )
             total = total + (layer.running_mean - mean).norm() + (layer.running_var - var).norm()
         return total
 
@@ -65,9 +66,10 @@ class BatchNormHooks:
             return
         last = [tuple(s.detach() for s in pair) for pair in self.statistics]
         if self.buffers is not None:
-            last = [tuple(torch.lerp(new, old, self.momentum) for new, old in zip(*pairs,
-                                                                                  strict=True))
-                    for pairs in zip(last, self.buffers, strict=True)]
+            last = [
+                tuple(torch.lerp(new, old, self.momentum) for new, old in zip(*pairs, strict=True))
+                for pairs in zip(last, self.buffers, strict=True)
+            ]
         self.buffers = last
 
     def features(self):

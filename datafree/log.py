@@ -1,7 +1,7 @@
 """A run's folder and everything that a run says: progress bar, CSV, pictures, visdom, result.
 
-    runs/<name>/  args.json  metrics.csv  log.txt  last.pt  best.pt  accuracy.png
-                  result.json  samples/*.png  visdom.log
+runs/<name>/  args.json  metrics.csv  log.txt  last.pt  best.pt  accuracy.png
+              result.json  samples/*.png  visdom.log
 """
 
 import csv
@@ -27,9 +27,27 @@ from datafree.metrics import test_accuracy
 from datafree.runtime import UsageError, commit, device_name
 
 # Flags that may differ between a run and its continuation: where, how loud, how long.
-FREE_ON_RESUME = {"resume", "out", "data_root", "device", "gpu", "visdom", "n_epochs", "argv",
-                  "sample_every", "teacher_ckpt", "checkpoints", "evaluate_only", "ckpt",
-                  "export_images", "save_dir", "pool_size", "cmi_init", "memory", "wild_root"}
+FREE_ON_RESUME = {
+    "resume",
+    "out",
+    "data_root",
+    "device",
+    "gpu",
+    "visdom",
+    "n_epochs",
+    "argv",
+    "sample_every",
+    "teacher_ckpt",
+    "checkpoints",
+    "evaluate_only",
+    "ckpt",
+    "export_images",
+    "save_dir",
+    "pool_size",
+    "cmi_init",
+    "memory",
+    "wild_root",
+}
 
 
 def run_folder(args, name):
@@ -37,8 +55,9 @@ def run_folder(args, name):
     return Path(args.out) / (f"{name}-{args.tag}" if args.tag else name)
 
 
-def evaluate_checkpoint(args, name, model, architecture, data, runtime, evaluate=test_accuracy,
-                        score="Acc@1"):
+def evaluate_checkpoint(
+    args, name, model, architecture, data, runtime, evaluate=test_accuracy, score="Acc@1"
+):
     """What --evaluate_only does: load the run's best weights, or --ckpt, and print their score.
 
     Args:
@@ -91,8 +110,9 @@ class Run:
             with (self.folder / "log.txt").open("a"):
                 pass
         except OSError as error:
-            raise UsageError(f"cannot write to {self.folder} ({error.strerror}): choose another "
-                             "--out") from error
+            raise UsageError(
+                f"cannot write to {self.folder} ({error.strerror}): choose another --out"
+            ) from error
 
     def _set_aside(self):
         number = 1
@@ -113,8 +133,9 @@ class Run:
             self._restore()
         (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=1, default=str))
         if self.args.visdom:
-            self.visdom = Visdom(self.args.visdom, self.name, self.folder / "visdom.log", self.log,
-                                 self.rows_before)
+            self.visdom = Visdom(
+                self.args.visdom, self.name, self.folder / "visdom.log", self.log, self.rows_before
+            )
         self.started = time.perf_counter()
         return self.next_epoch
 
@@ -124,12 +145,13 @@ class Run:
         if state is None:
             raise UsageError(f"{self.last} holds weights and no run: leave --resume out")
         now = json.loads(json.dumps(vars(self.args), default=str))
-        changed = [k for k, v in state["args"].items()
-                   if k not in FREE_ON_RESUME and now.get(k) != v]
+        changed = [k for k, v in state["args"].items() if k not in FREE_ON_RESUME and now.get(k) != v]
         if changed:
-            raise UsageError("--resume with other flags than the run's: "
-                             + ", ".join(f"--{k} was {state['args'][k]}" for k in changed)
-                             + ": give the same flags, or leave --resume out")
+            raise UsageError(
+                "--resume with other flags than the run's: "
+                + ", ".join(f"--{k} was {state['args'][k]}" for k in changed)
+                + ": give the same flags, or leave --resume out"
+            )
         for name, value in self.states.items():
             value.load_state_dict(state["states"][name])
         checkpoint.restore_rng(state["rng"])
@@ -137,8 +159,11 @@ class Run:
         self.best_score, self.best_epoch = state["best_score"], state["best_epoch"]
         self.seconds_before = state["seconds"]
         self._cut_metrics()
-        self.log(f"resumed after epoch {self.next_epoch}" if self.next_epoch else
-                 "resumed before the end of what precedes the first epoch")
+        self.log(
+            f"resumed after epoch {self.next_epoch}"
+            if self.next_epoch
+            else "resumed before the end of what precedes the first epoch"
+        )
 
     def _cut_metrics(self):
         """Drop the rows of epochs behind the checkpoint: they are run again."""
@@ -173,10 +198,17 @@ class Run:
             iterations: of each epoch, a list. batch_size: images of an iteration.
             done: iterations of the next epoch that are done.
         """
-        done += sum(iterations[:self.next_epoch])
-        self.bar = tqdm(total=sum(iterations) * batch_size, unit=" images", unit_scale=True,
-                        initial=done * batch_size, disable=None,
-                        dynamic_ncols=True, desc=self.name, smoothing=0.05)
+        done += sum(iterations[: self.next_epoch])
+        self.bar = tqdm(
+            total=sum(iterations) * batch_size,
+            unit=" images",
+            unit_scale=True,
+            initial=done * batch_size,
+            disable=None,
+            dynamic_ncols=True,
+            desc=self.name,
+            smoothing=0.05,
+        )
         self.images_per_iteration = batch_size
         self.facts, self.shown = {}, 0.0
 
@@ -204,8 +236,13 @@ class Run:
         """
         losses = {k: float(v) for k, v in losses.items()}
         self._check_finite(epoch, losses)
-        row = {"epoch": epoch + 1, "seconds": round(self.seconds(), 3), self.column: accuracy,
-               **losses, **more}
+        row = {
+            "epoch": epoch + 1,
+            "seconds": round(self.seconds(), 3),
+            self.column: accuracy,
+            **losses,
+            **more,
+        }
         self._write_row(row)
         card = {**card, self.column: accuracy, "epoch": epoch + 1}
         if accuracy > self.best_score:
@@ -214,8 +251,10 @@ class Run:
         self._save(epoch, model, card)
         self.next_epoch, self.accuracy = epoch + 1, accuracy
         self.facts["acc"] = f"{accuracy:.2f}"
-        self.log(f"[Eval] Epoch={epoch + 1} {self.score}={accuracy:.2f} Best={self.best_score:.2f} "
-                 + " ".join(f"{k}={v:.4f}" for k, v in losses.items()))
+        self.log(
+            f"[Eval] Epoch={epoch + 1} {self.score}={accuracy:.2f} Best={self.best_score:.2f} "
+            + " ".join(f"{k}={v:.4f}" for k, v in losses.items())
+        )
         if self.visdom:
             for name, value in {self.column: accuracy, **losses}.items():
                 self.visdom.curve(name, epoch + 1, value)
@@ -226,26 +265,45 @@ class Run:
         self._save(-1, model, card)
 
     def _save(self, epoch, model, card):
-        checkpoint.save({
-            "state_dict": model.state_dict(), "card": card, "epoch": epoch,
-            "run": {"states": {k: v.state_dict() for k, v in self.states.items()},
-                    "rng": checkpoint.rng_state(), "best_score": self.best_score,
-                    "best_epoch": self.best_epoch, "seconds": self.seconds(),
-                    "args": json.loads(json.dumps(vars(self.args), default=str))},
-        }, self.last)
+        checkpoint.save(
+            {
+                "state_dict": model.state_dict(),
+                "card": card,
+                "epoch": epoch,
+                "run": {
+                    "states": {k: v.state_dict() for k, v in self.states.items()},
+                    "rng": checkpoint.rng_state(),
+                    "best_score": self.best_score,
+                    "best_epoch": self.best_epoch,
+                    "seconds": self.seconds(),
+                    "args": json.loads(json.dumps(vars(self.args), default=str)),
+                },
+            },
+            self.last,
+        )
 
     def _check_finite(self, epoch, losses):
         bad = [k for k, v in losses.items() if not math.isfinite(v)]
         for name, state in self.states.items():
-            tensors = [t for t in state.state_dict().values()
-                       if isinstance(t, torch.Tensor) and t.is_floating_point()]
+            tensors = [
+                t
+                for t in state.state_dict().values()
+                if isinstance(t, torch.Tensor) and t.is_floating_point()
+            ]
             if tensors and not torch.stack([t.isfinite().all() for t in tensors]).all():
                 bad.append(name)
         if bad:
-            kept = (f"epoch {epoch} is kept in {self.last}" if epoch else
-                    f"{self.last} is kept" if self.last.exists() else "nothing was saved yet")
-            raise UsageError(f"{', '.join(bad)} became NaN or infinite in epoch {epoch + 1}; "
-                             f"{kept}: lower the learning rate, or try --precision fp32")
+            kept = (
+                f"epoch {epoch} is kept in {self.last}"
+                if epoch
+                else f"{self.last} is kept"
+                if self.last.exists()
+                else "nothing was saved yet"
+            )
+            raise UsageError(
+                f"{', '.join(bad)} became NaN or infinite in epoch {epoch + 1}; "
+                f"{kept}: lower the learning rate, or try --precision fp32"
+            )
 
     def _write_row(self, row):
         path = self.folder / "metrics.csv"
@@ -279,21 +337,31 @@ class Run:
         """
         if self.bar is not None:
             self.bar.close()
-        plot_accuracy(self.folder / "accuracy.png", {self.name: self.folder / "metrics.csv"},
-                      self.column)
+        plot_accuracy(self.folder / "accuracy.png", {self.name: self.folder / "metrics.csv"}, self.column)
         result = {
-            "name": self.name, "last": self.accuracy, "best": self.best_score,
-            "best_epoch": self.best_epoch, **facts,
-            "seconds": round(self.seconds(), 1), "seed": self.args.seed,
-            "precision": self.runtime.precision, "hardware": device_name(self.runtime.device),
-            "command": self.command(), "commit": commit(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "torchvision": torchvision.__version__},
+            "name": self.name,
+            "last": self.accuracy,
+            "best": self.best_score,
+            "best_epoch": self.best_epoch,
+            **facts,
+            "seconds": round(self.seconds(), 1),
+            "seed": self.args.seed,
+            "precision": self.runtime.precision,
+            "hardware": device_name(self.runtime.device),
+            "command": self.command(),
+            "commit": commit(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+            },
             "args": json.loads(json.dumps(vars(self.args), default=str)),
         }
         (self.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-        self.log(f"last {self.accuracy:.2f} %, best {self.best_score:.2f} % (epoch "
-                 f"{self.best_epoch}), {self.seconds():.0f} s: {self.folder / 'result.json'}")
+        self.log(
+            f"last {self.accuracy:.2f} %, best {self.best_score:.2f} % (epoch "
+            f"{self.best_epoch}), {self.seconds():.0f} s: {self.folder / 'result.json'}"
+        )
         return result
 
 
@@ -322,12 +390,14 @@ class Visdom:
             return
         logging.getLogger("visdom").setLevel(logging.CRITICAL)
         try:
-            self.client = self.Client(port=port, env=self.env, raise_exceptions=True,
-                                      use_incoming_socket=False)
+            self.client = self.Client(
+                port=port, env=self.env, raise_exceptions=True, use_incoming_socket=False
+            )
             log(f"live curves: http://localhost:{port}/env/{self.env}")
         except Exception:  # the client raises whatever requests or its sockets do
-            self._go_offline(f"no visdom server answers at port {port} (python -m visdom.server "
-                             f"-port {port} starts one)")
+            self._go_offline(
+                f"no visdom server answers at port {port} (python -m visdom.server -port {port} starts one)"
+            )
 
     @staticmethod
     def _client_class():
@@ -346,8 +416,9 @@ class Visdom:
 
     def _go_offline(self, reason):
         self.client = self.Client(offline=True, log_to_filename=str(self.path), env=self.env)
-        self.log(f"{reason}: curves go to {self.path}, "
-                 f"visdom.Visdom(port={self.port}).replay_log(FILE) shows them")
+        self.log(
+            f"{reason}: curves go to {self.path}, visdom.Visdom(port={self.port}).replay_log(FILE) shows them"
+        )
         # What a lost server was shown is lost with it.
         for name in self.curves:
             self._draw_curve(name)
@@ -365,8 +436,7 @@ class Visdom:
     def curve(self, name, x, y):
         """Append the point (x, y) to the window `name`."""
         if name not in self.curves:
-            self.curves[name] = [(int(r["epoch"]), float(r[name])) for r in self.rows
-                                 if r.get(name)]
+            self.curves[name] = [(int(r["epoch"]), float(r[name])) for r in self.rows if r.get(name)]
         self.curves[name].append((x, y))
         self._send(self._draw_curve, name)
 
@@ -376,10 +446,18 @@ class Visdom:
         start = self.in_log.get(name, 0)
         points = self.curves[name][start:]
         # A lone point shows by its marker only; with markers visdom offers no smoothing.
-        self.client.line([y for _, y in points], [x for x, _ in points], win=name,
-                         update="append" if start else None,
-                         opts={"title": name if "loss" in name else f"test {name} (%)",
-                               "xlabel": "epoch", "markers": len(points) < 30, "markersize": 4})
+        self.client.line(
+            [y for _, y in points],
+            [x for x, _ in points],
+            win=name,
+            update="append" if start else None,
+            opts={
+                "title": name if "loss" in name else f"test {name} (%)",
+                "xlabel": "epoch",
+                "markers": len(points) < 30,
+                "markersize": 4,
+            },
+        )
         if self.client.offline:
             self.in_log[name] = len(self.curves[name])
 
@@ -392,8 +470,11 @@ class Visdom:
         grid, title = self.pictures[name]
         height, width = grid.shape[1:]
         scale = 380 / max(height, width)  # about as large as a curve
-        self.client.image(grid.numpy(), win=name, opts={
-            "title": title, "width": round(width * scale), "height": round(height * scale)})
+        self.client.image(
+            grid.numpy(),
+            win=name,
+            opts={"title": title, "width": round(width * scale), "height": round(height * scale)},
+        )
 
 
 def plot_accuracy(path, runs, column="accuracy", over="seconds"):
@@ -404,8 +485,12 @@ def plot_accuracy(path, runs, column="accuracy", over="seconds"):
     for label, source in runs.items():
         with Path(source).open(newline="") as file:
             rows = list(csv.DictReader(file))
-        axes.plot([float(r[over]) for r in rows], [float(r[column]) for r in rows],
-                  label=label, marker="." if len(rows) < 30 else "")
+        axes.plot(
+            [float(r[over]) for r in rows],
+            [float(r[column]) for r in rows],
+            label=label,
+            marker="." if len(rows) < 30 else "",
+        )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -420,8 +505,15 @@ def side_by_side(folder, networks, data, transform, runtime, count):
     """
     for network in networks.values():
         network.eval()
-    for i, (x, y) in enumerate(tqdm(data.test.whole(runtime.device), "side by side", leave=False,
-                                    total=min(count, len(data.test)), disable=None)):
+    for i, (x, y) in enumerate(
+        tqdm(
+            data.test.whole(runtime.device),
+            "side by side",
+            leave=False,
+            total=min(count, len(data.test)),
+            disable=None,
+        )
+    ):
         if i == count:
             break
         with runtime.autocast():

@@ -89,9 +89,15 @@ def total_variation(x):
 
     The mean absolute difference of neighbours, summed over the four directions.
     """
-    return sum((a - b).abs().mean() for a, b in (
-        (x[..., :-1], x[..., 1:]), (x[:, :, :-1], x[:, :, 1:]),
-        (x[:, :, 1:, :-1], x[:, :, :-1, 1:]), (x[:, :, :-1, :-1], x[:, :, 1:, 1:])))
+    return sum(
+        (a - b).abs().mean()
+        for a, b in (
+            (x[..., :-1], x[..., 1:]),
+            (x[:, :, :-1], x[:, :, 1:]),
+            (x[:, :, 1:, :-1], x[:, :, :-1, 1:]),
+            (x[:, :, :-1, :-1], x[:, :, 1:, 1:]),
+        )
+    )
 
 
 def contrastive_loss(local, others, T, batch_size):
@@ -104,7 +110,6 @@ def contrastive_loss(local, others, T, batch_size):
             over the bank's rows are added.
     """
     logits = local @ others.detach().t() / T
-    loss = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device),
-                           reduction="none")
+    loss = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device), reduction="none")
     batch, bank = loss.split([batch_size, len(loss) - batch_size])
     return batch.mean() + bank.mean() if len(bank) else batch.mean()

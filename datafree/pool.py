@@ -73,15 +73,15 @@ class ImagePool:
         """
         while n > 0:
             order = torch.randperm(len(self), device=self.device)
-            for rows in order.split(batch_size)[:max(1, len(self) // batch_size)][:n]:
+            for rows in order.split(batch_size)[: max(1, len(self) // batch_size)][:n]:
                 n -= 1
                 yield self._take(rows)
 
     def images(self, start=0, end=None):
         """Images start..end in the order of their making, in the host's memory."""
         end = len(self) if end is None else min(end, len(self))
-        near = self.near[min(start, self.n_near):min(end, self.n_near)].cpu()
-        far = self.far[max(start - self.n_near, 0):max(end - self.n_near, 0)]
+        near = self.near[min(start, self.n_near) : min(end, self.n_near)].cpu()
+        far = self.far[max(start - self.n_near, 0) : max(end - self.n_near, 0)]
         return torch.cat([near, far])
 
     def state_dict(self):
@@ -116,8 +116,9 @@ class ImagePool:
         folder.mkdir(parents=True, exist_ok=True)
         if kind == "npz":
             path = folder / "images.npz"
-            _write_whole(path, lambda file: np.savez_compressed(
-                file, images=self.images().permute(0, 2, 3, 1).numpy()))
+            _write_whole(
+                path, lambda file: np.savez_compressed(file, images=self.images().permute(0, 2, 3, 1).numpy())
+            )
             return path
         for i in range(len(self)):
             picture = to_pil_image(self.images(i, i + 1)[0])
@@ -148,7 +149,9 @@ def read_raw(path, shape, count=None):
     except OSError as error:
         raise UsageError(f"cannot read the images of {path} ({error.strerror})") from error
     if len(content) % size or (count is not None and len(content) < count * size):
-        raise UsageError(f"{path} holds {len(content) // size} whole images of shape {shape}"
-                         + (f", the checkpoint {count}" if count is not None else "")
-                         + ": start the run anew, without --resume")
+        raise UsageError(
+            f"{path} holds {len(content) // size} whole images of shape {shape}"
+            + (f", the checkpoint {count}" if count is not None else "")
+            + ": start the run anew, without --resume"
+        )
     return torch.from_numpy(content).view(-1, *shape)

@@ -7,20 +7,36 @@ TABLES = Path(__file__).resolve().parent.parent / "results" / "paper_tables.csv"
 
 # What the papers call the networks and data sets of this collection.
 NETWORKS = {
-    "lenet5": ("LeNet-5",), "lenet5_half": ("LeNet-5-HALF",),
-    "hintonnet": ("HintonNet (2x1200 MLP)",), "hintonnet_half": ("2x800 MLP",),
-    "alexnet": ("AlexNet",), "alexnet_half": ("AlexNet-half",),
-    "resnet18": ("ResNet-18 (cifar)", "ResNet-18"), "resnet34": ("ResNet-34 (cifar)", "ResNet-34"),
-    "resnet18_imagenet": ("ResNet-18",), "resnet34_imagenet": ("ResNet-34",),
+    "lenet5": ("LeNet-5",),
+    "lenet5_half": ("LeNet-5-HALF",),
+    "hintonnet": ("HintonNet (2x1200 MLP)",),
+    "hintonnet_half": ("2x800 MLP",),
+    "alexnet": ("AlexNet",),
+    "alexnet_half": ("AlexNet-half",),
+    "resnet18": ("ResNet-18 (cifar)", "ResNet-18"),
+    "resnet34": ("ResNet-34 (cifar)", "ResNet-34"),
+    "resnet18_imagenet": ("ResNet-18",),
+    "resnet34_imagenet": ("ResNet-34",),
     "deeplabv3_resnet50": ("DeepLabv3-ResNet-50 (ImageNet)",),
     "deeplabv3_mobilenet": ("DeepLabv3-MobileNetv2",),
-    "resnet50_imagenet": ("ResNet-50",), "mobilenetv2": ("MobileNetv2",),
-    "vgg11": ("VGG-11",), "wrn16_1": ("WRN16-1",), "wrn16_2": ("WRN16-2",),
-    "wrn40_1": ("WRN40-1",), "wrn40_2": ("WRN40-2",),
+    "resnet50_imagenet": ("ResNet-50",),
+    "mobilenetv2": ("MobileNetv2",),
+    "vgg11": ("VGG-11",),
+    "wrn16_1": ("WRN16-1",),
+    "wrn16_2": ("WRN16-2",),
+    "wrn40_1": ("WRN40-1",),
+    "wrn40_2": ("WRN40-2",),
 }
-DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "celeba": "CelebA",
-            "caltech101": "Caltech101", "camvid": "CamVid", "nyuv2": "NYUv2",
-            "imagenet": "ImageNet"}
+DATASETS = {
+    "mnist": "MNIST",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "celeba": "CelebA",
+    "caltech101": "Caltech101",
+    "camvid": "CamVid",
+    "nyuv2": "NYUv2",
+    "imagenet": "ImageNet",
+}
 SCRATCH = ("Student scratch", "Student", "Scratch")
 
 
@@ -45,8 +61,12 @@ def published(dataset, methods, teacher=None, student=None):
             and (student is None or row["student"] in NETWORKS.get(student, ()))
             and row["value"].replace(".", "", 1).isdigit()
         ):
-            cell = {"source": row["source"], "table": row["table"], "method": row["method"],
-                    "value": float(row["value"])}
+            cell = {
+                "source": row["source"],
+                "table": row["table"],
+                "method": row["method"],
+                "value": float(row["value"]),
+            }
             if cell not in cells:
                 cells.append(cell)
     return cells
@@ -54,13 +74,14 @@ def published(dataset, methods, teacher=None, student=None):
 
 def published_classifier(dataset, model):
     """The published accuracies of `model` trained on the data: as teacher, else as student."""
-    return (published(dataset, ("Teacher",), teacher=model)
-            or published(dataset, SCRATCH, student=model))
+    return published(dataset, ("Teacher",), teacher=model) or published(dataset, SCRATCH, student=model)
 
 
 def describe(cells):
     """'98.91 (DAFL Table 1: Teacher), 98.90 (DFAD Table 2: Teacher)', or 'none'."""
+
     def text(cell):
         digits = 2 if cell["value"] > 1 else 3  # mIoU is published as a share
         return f"{cell['value']:.{digits}f} ({cell['source']} {cell['table']}: {cell['method']})"
+
     return ", ".join(text(cell) for cell in cells) or "none"

@@ -61,36 +61,73 @@ def number(kind, low, high=None, above=False):
 def add_device_arguments(group):
     """The flags that `setup` reads."""
     group.add_argument("--seed", type=number(int, 0), default=0, help="(default: %(default)s)")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                       help="auto takes a GPU if there is one (default: %(default)s)")
-    group.add_argument("--gpu", type=number(int, 0), metavar="N", help="the same as --device cuda "
-                       "on GPU number N")
-    group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                       help="auto takes bfloat16 autocast where the hardware has it "
-                            "(default: auto, unless a preset above names another)")
+    group.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto takes a GPU if there is one (default: %(default)s)",
+    )
+    group.add_argument(
+        "--gpu", type=number(int, 0), metavar="N", help="the same as --device cuda on GPU number N"
+    )
+    group.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="auto takes bfloat16 autocast where the hardware has it "
+        "(default: auto, unless a preset above names another)",
+    )
 
 
 def add_run_arguments(parser):
     """The flags that every training script has."""
     group = parser.add_argument_group("run")
-    group.add_argument("--data_root", "--data", default="./datasets", metavar="DIR",
-                       help="where data sets are, and are downloaded to (default: %(default)s)")
+    group.add_argument(
+        "--data_root",
+        "--data",
+        default="./datasets",
+        metavar="DIR",
+        help="where data sets are, and are downloaded to (default: %(default)s)",
+    )
     for name in ("mean", "std"):
-        group.add_argument(f"--{name}", type=number(float, 0, 1), nargs="+", metavar="X",
-                           help=f"the {name} of each channel, of pixels in 0..1 (default: the "
-                           "teacher file's, else the data set's; a folder's are computed once)")
-    group.add_argument("--out", "--output_dir", default="./runs", metavar="DIR",
-                       help="parent of the run folders (default: %(default)s)")
+        group.add_argument(
+            f"--{name}",
+            type=number(float, 0, 1),
+            nargs="+",
+            metavar="X",
+            help=f"the {name} of each channel, of pixels in 0..1 (default: the "
+            "teacher file's, else the data set's; a folder's are computed once)",
+        )
+    group.add_argument(
+        "--out",
+        "--output_dir",
+        default="./runs",
+        metavar="DIR",
+        help="parent of the run folders (default: %(default)s)",
+    )
     group.add_argument("--tag", "--log_tag", default="", help="suffix of the run folder's name")
-    group.add_argument("--resume", action="store_true",
-                       help="continue the run's last checkpoint, if there is one; without it, an "
-                            "earlier run of the same name is set aside as NAME.1, NAME.2 ...")
-    group.add_argument("--evaluate_only", "--test_only", action="store_true",
-                       help="score the run's best checkpoint (or --ckpt) on the test set and stop")
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run's last checkpoint, if there is one; without it, an "
+        "earlier run of the same name is set aside as NAME.1, NAME.2 ...",
+    )
+    group.add_argument(
+        "--evaluate_only",
+        "--test_only",
+        action="store_true",
+        help="score the run's best checkpoint (or --ckpt) on the test set and stop",
+    )
     group.add_argument("--ckpt", metavar="FILE", help="weights for --evaluate_only")
-    group.add_argument("--visdom", type=number(int, 1, 65535), nargs="?", const=15550,
-                       metavar="PORT", help="live curves and images on a visdom server at this "
-                       "port (15550 if none is given); without a server, a log to replay later")
+    group.add_argument(
+        "--visdom",
+        type=number(int, 1, 65535),
+        nargs="?",
+        const=15550,
+        metavar="PORT",
+        help="live curves and images on a visdom server at this "
+        "port (15550 if none is given); without a server, a log to replay later",
+    )
     add_device_arguments(group)
 
 
@@ -105,13 +142,17 @@ def describe_presets(presets):
     """Presets (name -> flag -> value) as indented lines for --help; equal ones stand together."""
     texts = {}
     for name, values in presets.items():
-        text = " ".join(f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}"
-                        for k, v in values.items() if v != [])
+        text = " ".join(
+            f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}"
+            for k, v in values.items()
+            if v != []
+        )
         texts.setdefault(text, []).append(name)
     return "\n".join(
-        f"    {', '.join(names)}:\n" + textwrap.fill(text, 98, initial_indent=" " * 8,
-                                                     subsequent_indent=" " * 8)
-        for text, names in texts.items())
+        f"    {', '.join(names)}:\n"
+        + textwrap.fill(text, 98, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        for text, names in texts.items()
+    )
 
 
 def cli(main, parse_args, *data_errors):
@@ -128,8 +169,11 @@ def cli(main, parse_args, *data_errors):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise
-        _stop(f"{error.strerror}: {error.filename or 'a file of this run'}: make room or choose "
-              "another --out; what is saved is whole, --resume goes on from it", 2)
+        _stop(
+            f"{error.strerror}: {error.filename or 'a file of this run'}: make room or choose "
+            "another --out; what is saved is whole, --resume goes on from it",
+            2,
+        )
     except torch.OutOfMemoryError:
         _stop("the device's memory is too small for this: lower --batch_size", 2)
     except KeyboardInterrupt:
@@ -199,8 +243,9 @@ def setup(args):
         found = torch.cuda.device_count()
         index = args.gpu or 0
         if index >= found:
-            raise UsageError(f"GPU {index} was asked for and {found} can be used: choose another "
-                             "--gpu, or --device cpu")
+            raise UsageError(
+                f"GPU {index} was asked for and {found} can be used: choose another --gpu, or --device cpu"
+            )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
@@ -211,8 +256,10 @@ def setup(args):
     if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
     elif precision == "bf16" and not has_bf16(device):
-        raise UsageError(f"--precision bf16: {device_name(device)} has no bfloat16 arithmetic: "
-                         "use --precision fp32 (auto chooses it here)")
+        raise UsageError(
+            f"--precision bf16: {device_name(device)} has no bfloat16 arithmetic: "
+            "use --precision fp32 (auto chooses it here)"
+        )
     return Runtime(device, precision)
 
 
@@ -302,8 +349,7 @@ def device_name(device):
 def commit():
     """The code's commit, with a + if files differ from it; None outside a git checkout."""
     here = Path(__file__).resolve().parent.parent
-    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+",
-               "--exclude=*"]
+    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

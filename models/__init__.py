@@ -12,34 +12,12 @@ from torch import nn
 
 from .alexnet import alexnet, alexnet_half
 from .deeplab import deeplabv3_mobilenet, deeplabv3_resnet50
-from .generator import (
-    DeepGenerator,
-    FastGenerator,
-    GeneratorA,
-    GeneratorB,
-    UpsampleConv2d,
-    set_folded,
-)
+from .generator import DeepGenerator, FastGenerator, GeneratorA, GeneratorB, UpsampleConv2d, set_folded
 from .lenet import lenet5, lenet5_half
 from .mlp import hintonnet, hintonnet_half
 from .mobilenet import mobilenetv2
-from .resnet import (
-    resnet18,
-    resnet18_imagenet,
-    resnet34,
-    resnet34_imagenet,
-    resnet50,
-    resnet50_imagenet,
-)
-from .resnet_small import (
-    resnet8,
-    resnet8x4,
-    resnet20,
-    resnet32,
-    resnet32x4,
-    resnet56,
-    resnet110,
-)
+from .resnet import resnet18, resnet18_imagenet, resnet34, resnet34_imagenet, resnet50, resnet50_imagenet
+from .resnet_small import resnet8, resnet8x4, resnet20, resnet32, resnet32x4, resnet56, resnet110
 from .segnet import segnet_vgg13, segnet_vgg16, segnet_vgg19
 from .shufflenet import shufflenetv2
 from .vgg import vgg8, vgg11, vgg13, vgg16, vgg19

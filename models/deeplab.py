@@ -49,13 +49,17 @@ class MobileNetv2Backbone(nn.Module):
         layers = [_conv_bn(3, 32, 3, stride=2, padding=1)]
         width, size, dilation = 32, 2, 1
         for expansion, c_out, n, stride in (
-            (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1),
-            (6, 160, 3, 2), (6, 320, 1, 1),
+            (1, 16, 1, 1),
+            (6, 24, 2, 2),
+            (6, 32, 3, 2),
+            (6, 64, 4, 2),
+            (6, 96, 3, 1),
+            (6, 160, 3, 2),
+            (6, 320, 1, 1),
         ):
             shrink = stride if size < 8 else 1
             for i in range(n):
-                layers.append(InvertedResidual(width, c_out, expansion, shrink if i == 0 else 1,
-                                               dilation))
+                layers.append(InvertedResidual(width, c_out, expansion, shrink if i == 0 else 1, dilation))
                 width = c_out
             size *= shrink
             dilation *= stride // shrink
@@ -86,5 +90,6 @@ class InvertedResidual(nn.Module):
 
 
 def _conv_bn(c_in, c_out, kernel, **settings):
-    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, bias=False, **settings),
-                         nn.BatchNorm2d(c_out), nn.ReLU6(inplace=True))
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, kernel, bias=False, **settings), nn.BatchNorm2d(c_out), nn.ReLU6(inplace=True)
+    )

@@ -101,8 +101,7 @@ class Generator(nn.Module):
         super().__init__()
         if img_size < self.stride or img_size % self.stride:
             raise ValueError(
-                f"{type(self).__name__} needs img_size to be a multiple of {self.stride}, "
-                f"got {img_size}"
+                f"{type(self).__name__} needs img_size to be a multiple of {self.stride}, got {img_size}"
             )
         self.nz, self.img_size, self.channels = nz, img_size, channels
         self.init_size = img_size // self.stride
@@ -271,9 +270,7 @@ class DeepGenerator(Generator):
                 nn.BatchNorm2d(after),
                 _leaky(),
             ]
-        self.conv_blocks = nn.Sequential(
-            *layers, ToImage(ngf, channels), nn.Sigmoid()
-        )
+        self.conv_blocks = nn.Sequential(*layers, ToImage(ngf, channels), nn.Sigmoid())
 
     def latents(self, n, device=None, generator=None):
         """n standard normal latent maps, shape (n, nz, init_size, init_size)."""

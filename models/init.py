@@ -19,8 +19,6 @@ def with_channels(conv, channels):
     """
     if conv.in_channels == channels:
         return conv
-    conv = nn.Conv2d(
-        channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False
-    )
+    conv = nn.Conv2d(channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
     init_convs(conv)
     return conv

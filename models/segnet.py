@@ -54,8 +54,9 @@ class Stage(nn.Module):
 class Unit(nn.Module):
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.cbr_unit = nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1),
-                                      nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+        self.cbr_unit = nn.Sequential(
+            nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)
+        )
 
     def forward(self, x):
         return self.cbr_unit(x)

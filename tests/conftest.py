@@ -18,9 +18,22 @@ def checkpoints(tmp_path_factory):
     out = tmp_path_factory.mktemp("teacher")
     folder = out / "checkpoints"
     for model, epochs in (("lenet5", "3"), ("resnet8", "1")):
-        teacher_train.main(teacher_train.parse_args(
-            ["--dataset", "digits", "--model", model, "--n_epochs", epochs, "--out", str(out),
-             "--checkpoints", str(folder)]))
+        teacher_train.main(
+            teacher_train.parse_args(
+                [
+                    "--dataset",
+                    "digits",
+                    "--model",
+                    model,
+                    "--n_epochs",
+                    epochs,
+                    "--out",
+                    str(out),
+                    "--checkpoints",
+                    str(folder),
+                ]
+            )
+        )
     return folder
 
 

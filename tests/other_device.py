@@ -18,10 +18,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import (
-    _DummyBackendModule,
-    _setup_privateuseone_for_python_backend,
-)
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -41,8 +38,7 @@ DEVICE = torch.device("fakegpu", 0)
 aten = torch.ops.aten
 COPIES = (aten.copy_.default, aten._to_copy.default)
 # The values may be on the device and the rows on the CPU, as CUDA allows, too.
-INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default,
-           aten._index_put_impl_.default)
+INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 waits = Counter()
 
 
@@ -54,8 +50,13 @@ class Wrapped(torch.Tensor):
     @staticmethod
     def __new__(cls, inner):
         return torch.Tensor._make_wrapper_subclass(
-            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(),
-            dtype=inner.dtype, device=DEVICE)
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=DEVICE,
+        )
 
     def __init__(self, inner):
         self.inner = inner
@@ -92,13 +93,14 @@ def dispatch(func, args, kwargs):
         raise RuntimeError(f"{func} mixes tensors of {DEVICE.type} and of the CPU")
     masks = func in INDEXED and any(t.dtype == torch.bool for t in args[1] if t is not None)
     fetched = func in COPIES and not (ours and isinstance(args[0], Wrapped)) and args[0].numel()
-    if wrapped and (masks or fetched or func in (aten._local_scalar_dense.default,
-                                                 aten.nonzero.default)):
+    if wrapped and (masks or fetched or func in (aten._local_scalar_dense.default, aten.nonzero.default)):
         note_wait(func)
     inner = tree_map(lambda t: t.inner if isinstance(t, Wrapped) else t, (args, kwargs))
     known = {id(t.inner): t for t in wrapped}  # an operation in place gives its argument back
-    out = tree_map(lambda t: known.get(id(t), Wrapped(t) if ours else t)
-                   if isinstance(t, torch.Tensor) else t, func(*inner[0], **inner[1]))
+    out = tree_map(
+        lambda t: known.get(id(t), Wrapped(t) if ours else t) if isinstance(t, torch.Tensor) else t,
+        func(*inner[0], **inner[1]),
+    )
     if not wrapped or not ours or func in COPIES or func._schema.is_mutable:
         return out
     return return_and_correct_aliasing(func, args, kwargs, out)

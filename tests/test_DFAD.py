@@ -47,8 +47,10 @@ def test_iterations(folded):
         check([generator.get_parameter(name)], values, rel=1e-6)
     statistics = REFERENCE["generator_running_statistics_after"]
     for kind in ("mean", "var"):
-        check([v for k, v in generator.state_dict().items() if k.endswith(f"running_{kind}")],
-              {k: statistics[f"running_{kind}_{k}"] for k in ("sum", "l2")})
+        check(
+            [v for k, v in generator.state_dict().items() if k.endswith(f"running_{kind}")],
+            {k: statistics[f"running_{kind}_{k}"] for k in ("sum", "l2")},
+        )
     assert all(p.requires_grad for p in student.parameters())
 
 
@@ -58,8 +60,10 @@ def test_generator_for_segmentation_maximises_the_logarithm(case):
     if "generator_segmentation_log" not in values:
         pytest.skip("no such value")
     inputs = values["inputs"]
-    s, t = (noise(inputs[f"{k}_logits"]["shape"], inputs[f"{k}_logits"]["seed"])
-            * inputs[f"{k}_logits"]["scale"] for k in ("student", "teacher"))
+    s, t = (
+        noise(inputs[f"{k}_logits"]["shape"], inputs[f"{k}_logits"]["seed"]) * inputs[f"{k}_logits"]["scale"]
+        for k in ("student", "teacher")
+    )
 
     class Answer(torch.nn.Module):
         def __init__(self, logits):
@@ -71,28 +75,56 @@ def test_generator_for_segmentation_maximises_the_logarithm(case):
 
     generator = torch.nn.Linear(1, 1)
     loss = adversarial.generator_step(
-        torch.zeros(1, 1), generator, Answer(t), Answer(s),
-        make_optimizer("adam", generator.parameters(), 1e-3), nullcontext, log_space=True)
+        torch.zeros(1, 1),
+        generator,
+        Answer(t),
+        Answer(s),
+        make_optimizer("adam", generator.parameters(), 1e-3),
+        nullcontext,
+        log_space=True,
+    )
     expected = values["generator_segmentation_log"]["value"]
     assert loss.item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_published_presets():
-    keys = ("teacher", "student", "batch_size", "n_epochs", "epoch_itrs", "k", "lr_S", "lr_G",
-            "weight_decay", "nz")
+    keys = (
+        "teacher",
+        "student",
+        "batch_size",
+        "n_epochs",
+        "epoch_itrs",
+        "k",
+        "lr_S",
+        "lr_G",
+        "weight_decay",
+        "nz",
+    )
     for script, flags, row in (
         (DFAD_mnist, (), ("lenet5", "lenet5_half", 512, 40, 50, 5, 0.01, 1e-3, 1e-4, 100)),
         (DFAD_cifar, (), ("resnet34", "resnet18", 256, 500, 50, 5, 0.1, 1e-3, 5e-4, 256)),
-        (DFAD_cifar, ("--dataset", "cifar100"),
-         ("resnet34", "resnet18", 256, 500, 50, 5, 0.1, 1e-3, 5e-4, 256)),
-        (DFAD_caltech101, (), ("resnet34_imagenet", "resnet18_imagenet", 64, 300, 50, 5, 0.05,
-                               1e-3, 5e-4, 256)),
+        (
+            DFAD_cifar,
+            ("--dataset", "cifar100"),
+            ("resnet34", "resnet18", 256, 500, 50, 5, 0.1, 1e-3, 5e-4, 256),
+        ),
+        (
+            DFAD_caltech101,
+            (),
+            ("resnet34_imagenet", "resnet18_imagenet", 64, 300, 50, 5, 0.05, 1e-3, 5e-4, 256),
+        ),
     ):
         args = script.parse_args(flags)
         assert tuple(getattr(args, k) for k in keys) == row and not args.scheduler
     args = DFAD_cifar.parse_args(["--variant", "mmrazor"])
-    assert (args.batch_size, args.n_epochs, args.epoch_itrs, args.optimizer_G, args.lr_G,
-            args.scheduler) == (256, 500, 50, "adamw", 1e-3, True)
+    assert (args.batch_size, args.n_epochs, args.epoch_itrs, args.optimizer_G, args.lr_G, args.scheduler) == (
+        256,
+        500,
+        50,
+        "adamw",
+        1e-3,
+        True,
+    )
 
 
 def test_scheduler():
@@ -116,7 +148,5 @@ def test_both_learning_rates_fall(monkeypatch):
         monkeypatch.setattr(adversarial, step, lambda *a, **k: torch.zeros(()))
     runtime = Namespace(device=torch.device("cpu"), autocast=nullcontext)
     for epoch, fall in ((0, 1), (1, 1), (2, 0.1), (4, 0.01), (9, 0.01)):
-        adversarial.train_epoch(epoch, generator, net, net, *optimizers, args, runtime,
-                                lambda loss: None)
-        assert [o.param_groups[0]["lr"] for o in optimizers] == pytest.approx(
-            [0.1 * fall, 1e-3 * fall])
+        adversarial.train_epoch(epoch, generator, net, net, *optimizers, args, runtime, lambda loss: None)
+        assert [o.param_groups[0]["lr"] for o in optimizers] == pytest.approx([0.1 * fall, 1e-3 * fall])

@@ -28,21 +28,30 @@ def test_matrix_and_losses_agree():
     inputs = case["inputs"]
     noise = DFND_train.NoiseAdaptation(5, inputs["teacher_accuracy"]).double()
     torch.testing.assert_close(
-        noise.log_matrix().exp()[0].tolist(), case["matrix_at_zero_parameters_first_row"])
+        noise.log_matrix().exp()[0].tolist(), case["matrix_at_zero_parameters_first_row"]
+    )
     noise.logits.data = normal(inputs["noise_parameters"])
     matrix = noise.log_matrix().exp()
-    torch.testing.assert_close(matrix, torch.tensor(case["matrix_intended"]).double(),
-                               rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(matrix, torch.tensor(case["matrix_intended"]).double(), rtol=1e-7, atol=1e-9)
     s_logits = normal(inputs["student_logits"]).requires_grad_()
     t_logits = normal(inputs["teacher_logits"])
     loss = noise(s_logits, t_logits)
     loss.backward()
     loss_kd = kd_loss(s_logits, t_logits, 4)
-    got = [loss.item(), s_logits.grad.norm().item(), noise.logits.grad.norm().item(),
-           loss_kd.item(), (loss + loss_kd).item()]
-    wanted = [case["noise_adaptation_loss"], case["gradient"]["student_logits_l2"],
-              case["gradient"]["noise_parameters_l2"], case["kd_loss_T4"],
-              case["total_kd_T4_plus_noise"]]
+    got = [
+        loss.item(),
+        s_logits.grad.norm().item(),
+        noise.logits.grad.norm().item(),
+        loss_kd.item(),
+        (loss + loss_kd).item(),
+    ]
+    wanted = [
+        case["noise_adaptation_loss"],
+        case["gradient"]["student_logits_l2"],
+        case["gradient"]["noise_parameters_l2"],
+        case["kd_loss_T4"],
+        case["total_kd_T4_plus_noise"],
+    ]
     assert got == pytest.approx(wanted, rel=1e-7)
 
 
@@ -53,7 +62,8 @@ def test_a_perfect_teacher_has_a_finite_loss():
     loss = noise(s_logits, t_logits)
     loss.backward()
     assert loss.item() == pytest.approx(
-        torch.nn.functional.cross_entropy(s_logits, t_logits.argmax(1)).item())
+        torch.nn.functional.cross_entropy(s_logits, t_logits.argmax(1)).item()
+    )
     assert s_logits.grad.isfinite().all() and noise.logits.grad.isfinite().all()
 
 
@@ -89,13 +99,12 @@ def wild(tmp_path_factory):
         draw("RGB", seed=i).save(root / "deep" / f"photo{i:02}.JPG", "JPEG")
     draw("L").save(root / "grey.png")
     draw("RGBA").save(root / "deep" / "er" / "transparent.png")
-    Image.fromarray(np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64).save(
-        root / "sixteen bits.png")
+    Image.fromarray(np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64).save(root / "sixteen bits.png")
     draw("CMYK").save(root / "print.jpg")
     draw("P").save(root / "moving.gif", save_all=True, append_images=[draw("P", seed=1)])
     draw("RGB").save(root / "näme.webp")
     whole = (root / "deep" / "photo00.JPG").read_bytes()
-    (root / "truncated.jpg").write_bytes(whole[:len(whole) // 2])
+    (root / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     (root / "empty.png").touch()
     (root / "page.png").write_text("<html>404 not found</html>")
     (root / "notes.txt").write_text("no image")
@@ -130,8 +139,17 @@ def test_folder_and_zip_are_the_same_images(wild, tmp_path):
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_a_wild_folder_of_everything(kind, selection, wild, tmp_path, checkpoints, capsys):
     source = wild if kind == "folder" else zipped(wild, tmp_path / "wild.zip")
-    flags = ("--wild", source, "--checkpoints", checkpoints, "--out", tmp_path / "runs", *SHORT,
-             "--selection", selection)
+    flags = (
+        "--wild",
+        source,
+        "--checkpoints",
+        checkpoints,
+        "--out",
+        tmp_path / "runs",
+        *SHORT,
+        "--selection",
+        selection,
+    )
     result = run(*flags)
     assert (result["wild_images"], result["wild_broken"]) == (29, 3)
     assert result["selected"] == (26 if selection == "all" else 16)
@@ -171,10 +189,23 @@ def test_the_surest_images_are_selected(tmp_path, checkpoints):
     root.mkdir()
     for i, pixels in enumerate([*digits, *noise]):
         Image.fromarray(pixels).save(root / f"{i:03}.png")
-    args = DFND_train.parse_args(["--wild", str(root), "--num_select", "32", "--checkpoints",
-                                  str(checkpoints)])
-    result = run("--wild", root, "--num_select", 32, "--batch_size", 16, "--n_epochs", 1,
-                 "--checkpoints", checkpoints, "--out", tmp_path / "runs")
+    args = DFND_train.parse_args(
+        ["--wild", str(root), "--num_select", "32", "--checkpoints", str(checkpoints)]
+    )
+    result = run(
+        "--wild",
+        root,
+        "--num_select",
+        32,
+        "--batch_size",
+        16,
+        "--n_epochs",
+        1,
+        "--checkpoints",
+        checkpoints,
+        "--out",
+        tmp_path / "runs",
+    )
     scan = next((tmp_path / "runs" / "wild_scans").iterdir())
     rows = DFND_train.select(checkpoint.read(scan), args)
     assert result["selected"] == 32 and (rows < 64).float().mean() > 0.9

@@ -27,16 +27,14 @@ def test_crop_is_torchvisions():
     image = torch.arange(1, 26, dtype=torch.uint8).view(1, 5, 5)
     crop = v2.RandomCrop(5, padding=2)
     n = 5000
-    assert_same_distribution(random_crop(image.expand(n, 1, 5, 5), 2), [crop(image)
-                                                                       for _ in range(n)])
+    assert_same_distribution(random_crop(image.expand(n, 1, 5, 5), 2), [crop(image) for _ in range(n)])
 
 
 def test_flip_is_torchvisions():
     torch.manual_seed(0)
     image = torch.arange(6, dtype=torch.uint8).view(1, 2, 3)
     flip = v2.RandomHorizontalFlip()
-    assert_same_distribution(random_flip(image.expand(1000, 1, 2, 3)), [flip(image)
-                                                                       for _ in range(1000)])
+    assert_same_distribution(random_flip(image.expand(1000, 1, 2, 3)), [flip(image) for _ in range(1000)])
 
 
 def test_resized_crop_is_torchvisions():
@@ -51,15 +49,13 @@ def test_resized_crop_is_torchvisions():
         top, left, height, width = v2.RandomResizedCrop(6, (area, 1)).make_params([ramp]).values()
         boxes.append((top, left, height, width))
     corners = torch.tensor([(a, b, a + h - 1, b + w - 1) for a, b, h, w in boxes])
-    ours = torch.stack([crops[:, 0, 0, 0], crops[:, 1, 0, 0], crops[:, 0, -1, 0],
-                        crops[:, 1, 0, -1]], dim=1)
+    ours = torch.stack([crops[:, 0, 0, 0], crops[:, 1, 0, 0], crops[:, 0, -1, 0], crops[:, 1, 0, -1]], dim=1)
     assert torch.allclose(ours, ours.round(), atol=1e-4)
     assert_same_distribution(ours.round().to(torch.uint8), corners.to(torch.uint8))
     image = torch.rand(2, 6, 6)
     crops = random_resized_crop(torch.cat([ramp, image]).expand(20, 4, 6, 6), area)
     for crop in crops:
-        (top, bottom), (left, right) = ((int(c.min().round()), int(c.max().round()) + 1)
-                                        for c in crop[:2])
+        (top, bottom), (left, right) = ((int(c.min().round()), int(c.max().round()) + 1) for c in crop[:2])
         resized = v2.functional.resize(image[:, top:bottom, left:right], [6, 6])
         assert torch.allclose(crop[2:], resized, atol=1e-5)
 

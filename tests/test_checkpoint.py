@@ -68,42 +68,59 @@ def test_damaged_files_are_refused(tmp_path, monkeypatch):
     assert not Path("executed").exists()
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda state: state,
-    lambda state: {"state_dict": state, "epoch": 3},
-    lambda state: {"model": state},
-    lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}},
-])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": state},
+        lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}},
+    ],
+)
 def test_published_wrappings_load(tmp_path, wrap):
     torch.manual_seed(1)
     source, target = get_model("lenet5"), get_model("lenet5")
     path = tmp_path / "teacher.pt"
     torch.save(wrap(source.state_dict()), path)
     checkpoint.load_weights(target, checkpoint.read(path), path, "lenet5")
-    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(),
-                                                 strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ({"epoch": 3}, "no state dict"),
-    ([1, 2], "no state dict"),
-    ({"state_dict": {}}, "no state dict"),
-    ({"state_dict": get_model("lenet5_half").state_dict(), "card": {"model": "lenet5_half"}},
-     "a lenet5_half, not lenet5"),
-    (get_model("resnet8", channels=1).state_dict(), "another architecture, not lenet5"),
-    (get_model("lenet5", num_classes=7).state_dict(), "7 classes, the data set 10"),
-])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"epoch": 3}, "no state dict"),
+        ([1, 2], "no state dict"),
+        ({"state_dict": {}}, "no state dict"),
+        (
+            {"state_dict": get_model("lenet5_half").state_dict(), "card": {"model": "lenet5_half"}},
+            "a lenet5_half, not lenet5",
+        ),
+        (get_model("resnet8", channels=1).state_dict(), "another architecture, not lenet5"),
+        (get_model("lenet5", num_classes=7).state_dict(), "7 classes, the data set 10"),
+    ],
+)
 def test_other_content_is_refused(content, words):
     with pytest.raises(UsageError, match=words):
         checkpoint.load_weights(get_model("lenet5"), content, "t.pt", "lenet5")
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet18_imagenet", "vgg8", "mobilenetv2",
-                                  "shufflenetv2", "wrn16_1", "alexnet_half", "hintonnet_half"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet20",
+        "resnet18_imagenet",
+        "vgg8",
+        "mobilenetv2",
+        "shufflenetv2",
+        "wrn16_1",
+        "alexnet_half",
+        "hintonnet_half",
+    ],
+)
 def test_class_count_is_told_from_architecture_for_every_family(name):
     with pytest.raises(UsageError, match="5 classes, the data set 10"):
-        checkpoint.load_weights(get_model(name), get_model(name, num_classes=5).state_dict(),
-                                "t.pt", name)
+        checkpoint.load_weights(get_model(name), get_model(name, num_classes=5).state_dict(), "t.pt", name)
 
 
 def test_rng_state_is_restored():

@@ -30,15 +30,26 @@ def test_every_cell_is_there_once_and_has_a_command_that_parses():
     assert sum(cell.script is None for cell in CELLS.values()) == 9
 
 
-@pytest.mark.parametrize(("name", "command"), [
-    ("dafl-13", "python DAFL_train.py --dataset mnist --teacher lenet5 --student lenet5_half"),
-    ("dfad-18", "python vanilla_kd.py --dataset cifar10 --teacher resnet34 --student resnet18 "
-                "--transfer_set noise"),
-    ("mmrazor-01", "python DFAD_cifar.py --dataset cifar10 --teacher resnet34 --student resnet18 "
-                   "--variant mmrazor"),
-    ("fast-45", "python datafree_kd.py --dataset cifar10 --teacher wrn40_2 --student wrn16_2 "
-                "--method fast_meta --g_steps 2"),
-])
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("dafl-13", "python DAFL_train.py --dataset mnist --teacher lenet5 --student lenet5_half"),
+        (
+            "dfad-18",
+            "python vanilla_kd.py --dataset cifar10 --teacher resnet34 --student resnet18 "
+            "--transfer_set noise",
+        ),
+        (
+            "mmrazor-01",
+            "python DFAD_cifar.py --dataset cifar10 --teacher resnet34 --student resnet18 --variant mmrazor",
+        ),
+        (
+            "fast-45",
+            "python datafree_kd.py --dataset cifar10 --teacher wrn40_2 --student wrn16_2 "
+            "--method fast_meta --g_steps 2",
+        ),
+    ],
+)
 def test_commands(name, command):
     assert CELLS[name].command == command
 
@@ -48,7 +59,8 @@ def test_list_prints_every_cell(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.split(" ")[0] in CELLS for line in lines) == 210
     assert sum(line.startswith("# ") for line in lines) == len(
-        {(c.row["source"], c.row["table"]) for c in CELLS.values()})
+        {(c.row["source"], c.row["table"]) for c in CELLS.values()}
+    )
 
 
 def test_dry_run_shows_the_teacher_first_and_runs_nothing(tmp_path, monkeypatch, capsys):
@@ -59,7 +71,12 @@ def test_dry_run_shows_the_teacher_first_and_runs_nothing(tmp_path, monkeypatch,
     assert teacher[:5] == ["teacher_train.py", "--dataset", "mnist", "--model", "lenet5"]
     assert teacher[-3:] == ["--data_root", "elsewhere", "--resume"]
     assert student[0] == "DAFL_train.py" and student[-5:] == [
-        "--seed", "1", "--data_root", "elsewhere", "--resume"]
+        "--seed",
+        "1",
+        "--data_root",
+        "elsewhere",
+        "--resume",
+    ]
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "mnist-lenet5.pt").touch()
     assert len(reproduce.main(reproduce.parse_args(flags))) == 1
@@ -76,9 +93,17 @@ def result(cell, **changes):
     """What a run of a cell leaves, with other values where `changes` says."""
     args = json.loads(json.dumps(CELLS[cell].args(), default=str))
     args |= {k: v for k, v in changes.items() if k in args}
-    facts = {"name": f"run-{args['seed']}", "last": 97.0, "best": 98.0, "seconds": 120.0,
-             "teacher_accuracy": 99.0, "hardware": "a machine", "seed": args["seed"],
-             "command": CELLS[cell].command, "args": args}
+    facts = {
+        "name": f"run-{args['seed']}",
+        "last": 97.0,
+        "best": 98.0,
+        "seconds": 120.0,
+        "teacher_accuracy": 99.0,
+        "hardware": "a machine",
+        "seed": args["seed"],
+        "command": CELLS[cell].command,
+        "args": args,
+    }
     return facts | {k: v for k, v in changes.items() if k not in args}
 
 
@@ -86,9 +111,12 @@ def result(cell, **changes):
 def folder(tmp_path):
     """Results: DAFL on MNIST with three seeds and once shorter, a student from scratch, and a run
     of no cell."""
-    runs = [*(result("dafl-13", seed=s, best=98.0 + s) for s in (0, 1, 2)),
-            result("dafl-13", n_epochs=50, best=95.0),
-            result("dafl-03", best=98.7), result("dafl-13", dataset="digits", name="stray")]
+    runs = [
+        *(result("dafl-13", seed=s, best=98.0 + s) for s in (0, 1, 2)),
+        result("dafl-13", n_epochs=50, best=95.0),
+        result("dafl-03", best=98.7),
+        result("dafl-13", dataset="digits", name="stray"),
+    ]
     for i, run in enumerate(runs):
         (tmp_path / f"{i}.json").write_text(json.dumps(run))
     (tmp_path / "bench.json").write_text('{"ratio": 7}')
@@ -166,5 +194,6 @@ def test_what_cannot_be_compared(folder, refused):
 
 def test_results_file_is_up_to_date():
     records, others = records_of(ROOT / "results")
-    assert (ROOT / "RESULTS.md").read_text() == compare.markdown(records, others), \
+    assert (ROOT / "RESULTS.md").read_text() == compare.markdown(records, others), (
         "results/ changed: run `python compare.py`"
+    )

@@ -351,8 +351,7 @@ def write_idx(place, zipped=False, n=(20, 10)):
     for split, count in zip(("train", "t10k"), n, strict=True):
         images, labels = noise(count, 28, 28, seed=count), np.arange(count, dtype=np.uint8) % 10
         files = {
-            f"{split}-images-idx3-ubyte": struct.pack(">4I", 2051, count, 28, 28)
-            + images.tobytes(),
+            f"{split}-images-idx3-ubyte": struct.pack(">4I", 2051, count, 28, 28) + images.tobytes(),
             f"{split}-labels-idx1-ubyte": struct.pack(">2I", 2049, count) + labels.tobytes(),
         }
         for name, content in files.items():
@@ -489,9 +488,10 @@ def test_cifar10_as_class_folders(tmp_path, place):
 def test_usps(tmp_path):
     pixels = noise(12, 16, 16)
     for name in ("usps.bz2", "usps.t.bz2"):
-        lines = [f"{i % 10 + 1} " + " ".join(f"{j}:{v / 127.5 - 1:.7f}" for j, v in
-                                             enumerate(x.flatten(), 1))
-                 for i, x in enumerate(pixels)]
+        lines = [
+            f"{i % 10 + 1} " + " ".join(f"{j}:{v / 127.5 - 1:.7f}" for j, v in enumerate(x.flatten(), 1))
+            for i, x in enumerate(pixels)
+        ]
         (tmp_path / name).write_bytes(bz2.compress("\n".join(lines).encode()))
     d = get_dataset("usps", tmp_path, img_size=16)
     assert (len(d.train), len(d.test), d.channels) == (12, 12, 1)
@@ -499,7 +499,7 @@ def test_usps(tmp_path):
     # torchvision cuts off what it computes from the file's rounded numbers.
     assert (d.train.images[:, 0].int() - torch.from_numpy(pixels).int()).abs().max() <= 1
     whole = (tmp_path / "usps.bz2").read_bytes()
-    (tmp_path / "usps.bz2").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "usps.bz2").write_bytes(whole[: len(whole) // 2])
     expect_error("damaged", name="usps", root=tmp_path)
 
 
@@ -619,9 +619,7 @@ def test_celeba(celeba):
 @pytest.mark.parametrize("download", [True, False])
 def test_missing_data(tmp_path, name, download, capfd):
     root = tmp_path / "datasets"
-    message = expect_error(
-        f"no {name}", "looked for", root, name=name, root=root, download=download
-    )
+    message = expect_error(f"no {name}", "looked for", root, name=name, root=root, download=download)
     assert ("failed" in message) == download and "Traceback" not in message
     assert not root.exists() and socket.getdefaulttimeout() is None
     assert capfd.readouterr().out == ""

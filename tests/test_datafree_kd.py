@@ -16,9 +16,26 @@ from datafree.pool import ImagePool, read_raw
 from models import get_model
 
 ROOT = Path(__file__).parent.parent
-TINY = ("--batch_size", "32", "--synthesis_batch_size", "32", "--ngf", "16", "--nz", "16",
-        "--warmup", "0", "--lr", "0.01", "--sample_every", "0", "--teacher", "resnet8",
-        "--student", "lenet5_half")
+TINY = (
+    "--batch_size",
+    "32",
+    "--synthesis_batch_size",
+    "32",
+    "--ngf",
+    "16",
+    "--nz",
+    "16",
+    "--warmup",
+    "0",
+    "--lr",
+    "0.01",
+    "--sample_every",
+    "0",
+    "--teacher",
+    "resnet8",
+    "--student",
+    "lenet5_half",
+)
 SETTINGS = {
     "zskt": ("--n_epochs", "6", "--ep_steps", "20"),
     "dfad": ("--n_epochs", "6", "--ep_steps", "20"),
@@ -39,8 +56,9 @@ def flags_of(method):
 
 
 def start(out, checkpoints, *flags):
-    return datafree_kd.main(datafree_kd.parse_args(
-        [*flags, "--out", str(out), "--checkpoints", str(checkpoints)]))
+    return datafree_kd.main(
+        datafree_kd.parse_args([*flags, "--out", str(out), "--checkpoints", str(checkpoints)])
+    )
 
 
 def record(out, result):
@@ -63,8 +81,7 @@ def test_every_method_learns_on_digits(method, tmp_path, checkpoints):
 
 @pytest.mark.parametrize("is_maml", [0, 1])
 def test_meta_learning_moves_the_common_generator(is_maml, tmp_path, checkpoints):
-    start(tmp_path, checkpoints, *flags_of("fast_meta"), "--n_epochs", "1", "--is_maml",
-          str(is_maml))
+    start(tmp_path, checkpoints, *flags_of("fast_meta"), "--n_epochs", "1", "--is_maml", str(is_maml))
     (last,) = tmp_path.glob("*/last.pt")
     state = checkpoint.read(last)["run"]["states"]["synthesizer"]["meta_optimizer"]
     assert state["state"][0]["step"] == 1
@@ -75,15 +92,31 @@ def test_published_recipes():
         args = datafree_kd.parse_args(["--dataset", "cifar10", *argv])
         return vars(args)
 
-    shared = dict(batch_size=256, lr=0.2, kd_steps=400, ep_steps=400, n_epochs=220, warmup=20, T=20,
-                  bn=10, bn_mmt=0.9, reset_l0=1, nz=256, is_maml=1, weight_decay=1e-4)
+    shared = dict(
+        batch_size=256,
+        lr=0.2,
+        kd_steps=400,
+        ep_steps=400,
+        n_epochs=220,
+        warmup=20,
+        T=20,
+        bn=10,
+        bn_mmt=0.9,
+        reset_l0=1,
+        nz=256,
+        is_maml=1,
+        weight_decay=1e-4,
+    )
     for teacher, student, adv, oh in (
-        ("resnet34", "resnet18", 1.33, 0.5), ("vgg11", "resnet18", 1.0, 0.5),
-        ("wrn40_2", "wrn16_1", 1.1, 0.4), ("wrn40_2", "wrn40_1", 1.1, 0.4),
+        ("resnet34", "resnet18", 1.33, 0.5),
+        ("vgg11", "resnet18", 1.0, 0.5),
+        ("wrn40_2", "wrn16_1", 1.1, 0.4),
+        ("wrn40_2", "wrn40_1", 1.1, 0.4),
     ):
         for g_steps, lr_z, lr_g in ((2, 0.015, 5e-3), (5, 0.01, 3e-3), (10, 0.01, 2e-3)):
-            found = settings("--method", "fast_meta", "--teacher", teacher, "--student", student,
-                             "--g_steps", str(g_steps))
+            found = settings(
+                "--method", "fast_meta", "--teacher", teacher, "--student", student, "--g_steps", str(g_steps)
+            )
             expected = shared | dict(adv=adv, oh=oh, lr_z=lr_z, lr_g=lr_g)
             assert {k: found[k] for k in expected} == expected
     bare = settings("--method", "fast_meta", "--teacher", "wrn40_2", "--student", "wrn16_1")
@@ -95,11 +128,17 @@ def test_published_recipes():
         ("zskt", (5, 1, 1e-3, 1, 0, 0), dict(act=0, balance=0, nz=256, T=20, criterion="kl")),
         ("dfq", (10, 1, 1e-3, 1, 1, 1), dict(act=0, balance=20, nz=256, T=20)),
         ("deepinv", (400, 1000, 0.1, 1, 10, 1), dict(T=20)),
-        ("cmi", (400, 200, 1e-3, 0.5, 1, 1),
-         dict(T=20, nz=256, cr=0.8, cr_T=0.2, bank_size=40960, n_neg=4096, head_dim=256)),
+        (
+            "cmi",
+            (400, 200, 1e-3, 0.5, 1, 1),
+            dict(T=20, nz=256, cr=0.8, cr_T=0.2, bank_size=40960, n_neg=4096, head_dim=256),
+        ),
     ):
-        expected = dict(zip(columns, row, strict=False)) | more | dict(
-            lr=0.1, n_epochs=200, warmup=0, ep_steps=400, batch_size=256)
+        expected = (
+            dict(zip(columns, row, strict=False))
+            | more
+            | dict(lr=0.1, n_epochs=200, warmup=0, ep_steps=400, batch_size=256)
+        )
         found = settings("--method", method)
         assert {k: found[k] for k in expected} == expected
 
@@ -121,9 +160,9 @@ class Spy:
         return iter(())
 
 
-@pytest.mark.parametrize(("flags", "first", "reset"), [
-    ((), 20, 140), (("--as_published",), 19, 139), (("--epochs", "22"), 2, 14),
-])
+@pytest.mark.parametrize(
+    ("flags", "first", "reset"), [((), 20, 140), (("--as_published",), 19, 139), (("--epochs", "22"), 2, 14)]
+)
 def test_when_the_adversary_starts_and_the_generator_is_redrawn(flags, first, reset, monkeypatch):
     args = datafree_kd.parse_args(["--dataset", "cifar10", *flags])
     spy, student = Spy(), torch.nn.Linear(1, 1)
@@ -131,8 +170,9 @@ def test_when_the_adversary_starts_and_the_generator_is_redrawn(flags, first, re
     distilled = []
     monkeypatch.setattr(datafree_kd, "distill", lambda *a: distilled.append(len(spy.calls)) or 0.0)
     for epoch in range(args.n_epochs):
-        datafree_kd.train_epoch(epoch, spy, None, student, optimizer, args, None,
-                                contextlib.nullcontext(), None)
+        datafree_kd.train_epoch(
+            epoch, spy, None, student, optimizer, args, None, contextlib.nullcontext(), None
+        )
     assert spy.calls.index(True) == first and all(spy.calls[first:])
     assert spy.resets == [reset]
     assert distilled[0] == args.warmup + 1 and len(distilled) == args.n_epochs - args.warmup
@@ -145,11 +185,18 @@ def test_reset_draws_scales_around_one_and_as_published_around_zero(tmp_path):
 
     for as_published, mean in ((False, 1.0), (True, 0.0)):
         generator = get_generator("fast", 8, 32, 3)
-        settings = dict.fromkeys(synthesis.Fast.settings, 1) | dict(
-            reset_bn=0, as_published=as_published)
-        fast = synthesis.Fast(get_model("resnet8"), None, generator, Transform((0,), (1,)),
-                              (3, 32, 32), 10, Runtime(torch.device("cpu"), "fp32"), None,
-                              **settings)
+        settings = dict.fromkeys(synthesis.Fast.settings, 1) | dict(reset_bn=0, as_published=as_published)
+        fast = synthesis.Fast(
+            get_model("resnet8"),
+            None,
+            generator,
+            Transform((0,), (1,)),
+            (3, 32, 32),
+            10,
+            Runtime(torch.device("cpu"), "fp32"),
+            None,
+            **settings,
+        )
         before = {k: v.clone() for k, v in generator.state_dict().items()}
         fast.reset()
         changed = {k for k, v in generator.state_dict().items() if not torch.equal(v, before[k])}
@@ -168,14 +215,16 @@ def test_temperature_is_used_and_as_published_it_is_not():
 def test_weight_zero_leaves_the_term_out(tmp_path, checkpoints):
     """The published DeepInversion crashes at adv 0, the published CMI at cr 0."""
     for method, weight in (("deepinv", "adv"), ("cmi", "cr"), ("cmi", "bn"), ("fast_meta", "oh")):
-        result = start(tmp_path, checkpoints, *flags_of(method), "--n_epochs", "1",
-                       f"--{weight}", "0", "--tag", weight)
+        result = start(
+            tmp_path, checkpoints, *flags_of(method), "--n_epochs", "1", f"--{weight}", "0", "--tag", weight
+        )
         assert f"loss_{weight}" not in record(tmp_path, result)[0]
 
 
 def test_priors_of_deepinversion_are_read(tmp_path, checkpoints):
-    result = start(tmp_path, checkpoints, *flags_of("deepinv"), "--n_epochs", "1", "--tv", "0.1",
-                   "--l2", "0.01")
+    result = start(
+        tmp_path, checkpoints, *flags_of("deepinv"), "--n_epochs", "1", "--tv", "0.1", "--l2", "0.01"
+    )
     row = record(tmp_path, result)[0]
     assert float(row["loss_tv"]) > 0 and float(row["loss_l2"]) > 0
 
@@ -185,8 +234,7 @@ def test_memory_bank_forgets_its_oldest(tmp_path, checkpoints):
     result = start(tmp_path, checkpoints, *flags_of("cmi"), "--bank_size", "64", "--n_epochs", "4")
     rows = record(tmp_path, result)
     assert all(np.isfinite(float(r["loss_cr"])) for r in rows)
-    bank = checkpoint.read(tmp_path / result["name"] / "last.pt")["run"]["states"]["synthesizer"][
-        "bank"]
+    bank = checkpoint.read(tmp_path / result["name"] / "last.pt")["run"]["states"]["synthesizer"]["bank"]
     assert len(bank) == 64
 
 
@@ -195,15 +243,28 @@ def test_teacher_without_batch_norm(tmp_path, checkpoints, refused, capsys):
     assert "no BatchNorm" in refused(datafree_kd, *flags, "--bn", "1")
     assert "no BatchNorm" in refused(datafree_kd, *flags, "--method", "cmi")
     assert "no BatchNorm" in refused(datafree_kd, *flags, "--oh", "0", "--adv", "0")
-    start(tmp_path, checkpoints, "--teacher", "lenet5", "--n_epochs", "1", "--ep_steps", "2",
-          "--g_steps", "1", "--ngf", "8", "--batch_size", "8")
+    start(
+        tmp_path,
+        checkpoints,
+        "--teacher",
+        "lenet5",
+        "--n_epochs",
+        "1",
+        "--ep_steps",
+        "2",
+        "--g_steps",
+        "1",
+        "--ngf",
+        "8",
+        "--batch_size",
+        "8",
+    )
     assert "the term bn is left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["png", "npz"])
 def test_exported_images_start_cmi(kind, tmp_path, checkpoints):
-    first = start(tmp_path, checkpoints, *flags_of("fast_meta"), "--n_epochs", "2",
-                  "--export_images", kind)
+    first = start(tmp_path, checkpoints, *flags_of("fast_meta"), "--n_epochs", "2", "--export_images", kind)
     folder = tmp_path / first["name"]
     images = read_raw(folder / "pool.u8", (1, 32, 32))
     assert len(images) == 64 == first["generated_images"]
@@ -217,8 +278,17 @@ def test_exported_images_start_cmi(kind, tmp_path, checkpoints):
         with np.load(source) as archive:
             assert np.array_equal(archive["images"][..., 0], images[:, 0].numpy())
     for path in (source, folder):
-        start(tmp_path, checkpoints, *flags_of("cmi"), "--n_epochs", "1", "--cmi_init", str(path),
-              "--tag", "init")
+        start(
+            tmp_path,
+            checkpoints,
+            *flags_of("cmi"),
+            "--n_epochs",
+            "1",
+            "--cmi_init",
+            str(path),
+            "--tag",
+            "init",
+        )
         (run,) = tmp_path.glob("*cmi-init")
         begun = read_raw(run / "pool.u8", (1, 32, 32))
         assert len(begun) == 96 and torch.equal(begun[:64], images)
@@ -232,8 +302,19 @@ def test_full_disk_while_exporting_loses_nothing(tmp_path, checkpoints, refused,
             file.write(b"half an image")
             raise OSError(28, "No space left on device")
 
-    flags = [*flags_of("fast_meta"), "--n_epochs", "1", "--export_images", "png", "--save_dir",
-             str(tmp_path / "pngs"), "--out", str(tmp_path), "--checkpoints", str(checkpoints)]
+    flags = [
+        *flags_of("fast_meta"),
+        "--n_epochs",
+        "1",
+        "--export_images",
+        "png",
+        "--save_dir",
+        str(tmp_path / "pngs"),
+        "--out",
+        str(tmp_path),
+        "--checkpoints",
+        str(checkpoints),
+    ]
     with monkeypatch.context() as patch:
         patch.setattr("datafree.pool.to_pil_image", lambda image: Full())
         assert "No space left" in refused(datafree_kd, *flags)
@@ -245,8 +326,15 @@ def test_full_disk_while_exporting_loses_nothing(tmp_path, checkpoints, refused,
 
 
 def test_full_disk_while_the_pool_is_saved(tmp_path, checkpoints, refused, monkeypatch):
-    flags = [*flags_of("fast_meta"), "--n_epochs", "4", "--out", str(tmp_path), "--checkpoints",
-             str(checkpoints)]
+    flags = [
+        *flags_of("fast_meta"),
+        "--n_epochs",
+        "4",
+        "--out",
+        str(tmp_path),
+        "--checkpoints",
+        str(checkpoints),
+    ]
     state_dict, calls = ImagePool.state_dict, []
 
     def full(self):
@@ -265,8 +353,15 @@ def test_full_disk_while_the_pool_is_saved(tmp_path, checkpoints, refused, monke
 
 
 def test_shortened_pool_file_is_refused(tmp_path, checkpoints, refused):
-    flags = [*flags_of("fast_meta"), "--n_epochs", "2", "--out", str(tmp_path), "--checkpoints",
-             str(checkpoints)]
+    flags = [
+        *flags_of("fast_meta"),
+        "--n_epochs",
+        "2",
+        "--out",
+        str(tmp_path),
+        "--checkpoints",
+        str(checkpoints),
+    ]
     (tmp_path / "x").mkdir()
     name = datafree_kd.main(datafree_kd.parse_args(flags))["name"]
     pool = tmp_path / name / "pool.u8"

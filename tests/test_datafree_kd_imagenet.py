@@ -16,15 +16,42 @@ from datafree.pool import ImagePool, read_raw
 from datafree.synthesis import FastLatents
 from models import get_generator, get_model
 
-TINY = ("--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch_size", "16",
-        "--synthesis_batch_size", "16", "--n_epochs", "2", "--ep_steps", "5", "--kd_steps", "2",
-        "--g_steps", "2", "--nz", "8", "--ngf", "8", "--lr", "0.01", "--phase1_rounds", "3",
-        "--z_rounds", "2")
+TINY = (
+    "--dataset",
+    "digits",
+    "--teacher",
+    "resnet8",
+    "--student",
+    "resnet8",
+    "--batch_size",
+    "16",
+    "--synthesis_batch_size",
+    "16",
+    "--n_epochs",
+    "2",
+    "--ep_steps",
+    "5",
+    "--kd_steps",
+    "2",
+    "--g_steps",
+    "2",
+    "--nz",
+    "8",
+    "--ngf",
+    "8",
+    "--lr",
+    "0.01",
+    "--phase1_rounds",
+    "3",
+    "--z_rounds",
+    "2",
+)
 
 
 def start(out, checkpoints, *flags):
-    return datafree_kd_imagenet.main(datafree_kd_imagenet.parse_args(
-        [*TINY, *flags, "--out", str(out), "--checkpoints", str(checkpoints)]))
+    return datafree_kd_imagenet.main(
+        datafree_kd_imagenet.parse_args([*TINY, *flags, "--out", str(out), "--checkpoints", str(checkpoints)])
+    )
 
 
 def test_a_run_on_the_digits(tmp_path, checkpoints):
@@ -84,12 +111,29 @@ def test_first_phase_goes_on_where_it_stopped(tmp_path, checkpoints, monkeypatch
 
 
 def test_published_settings():
-    shared = dict(synthesis_batch_size=100, batch_size=100, g_steps=50, lr_g=2e-4, lr_z=0.01,
-                  meta_lr_g=1e-4, meta_lr_z=5e-3, z_rounds=50, bn=0.1, oh=0.1, T=5, n_epochs=400,
-                  ep_steps=1000, kd_steps=100, lr=0.1, weight_decay=1e-4, reptile_factor=1,
-                  milestones=[0.6, 0.75, 0.9], teacher="resnet50_imagenet", dataset="imagenet")
-    for student, adv in (("resnet18_imagenet", 1.0), ("resnet50_imagenet", 0.1),
-                         ("mobilenetv2", 0.1)):
+    shared = dict(
+        synthesis_batch_size=100,
+        batch_size=100,
+        g_steps=50,
+        lr_g=2e-4,
+        lr_z=0.01,
+        meta_lr_g=1e-4,
+        meta_lr_z=5e-3,
+        z_rounds=50,
+        bn=0.1,
+        oh=0.1,
+        T=5,
+        n_epochs=400,
+        ep_steps=1000,
+        kd_steps=100,
+        lr=0.1,
+        weight_decay=1e-4,
+        reptile_factor=1,
+        milestones=[0.6, 0.75, 0.9],
+        teacher="resnet50_imagenet",
+        dataset="imagenet",
+    )
+    for student, adv in (("resnet18_imagenet", 1.0), ("resnet50_imagenet", 0.1), ("mobilenetv2", 0.1)):
         found = vars(datafree_kd_imagenet.parse_args(["--student", student]))
         assert {k: found[k] for k in shared} == shared and found["adv"] == adv
 
@@ -111,11 +155,21 @@ def test_reptile_by_hand(factor, tmp_path):
     student = fill(get_model("resnet8")).requires_grad_(False)
     generator = fill(get_generator("deep", 4, 32, 3, ngf=4)).train()
     transform = Transform((0.5,) * 3, (0.25,) * 3)  # no augmentation
-    settings = dict(synthesis_batch_size=4, g_steps=2, lr_g=1e-3, lr_z=0.02, meta_lr_g=3e-3,
-                    meta_lr_z=7e-3, z_rounds=2, reptile_factor=factor, bn=0.1, oh=0.5, adv=0.0)
+    settings = dict(
+        synthesis_batch_size=4,
+        g_steps=2,
+        lr_g=1e-3,
+        lr_z=0.02,
+        meta_lr_g=3e-3,
+        meta_lr_z=7e-3,
+        z_rounds=2,
+        reptile_factor=factor,
+        bn=0.1,
+        oh=0.5,
+        adv=0.0,
+    )
     pool = ImagePool((3, 32, 32), "cpu", tmp_path / "pool.u8")
-    family = FastLatents(teacher, student, generator, transform, (3, 32, 32), 10, runtime, pool,
-                         **settings)
+    family = FastLatents(teacher, student, generator, transform, (3, 32, 32), 10, runtime, pool, **settings)
     drawn = iter([noise((4, 4, 2, 2), 1), noise((4, 4, 2, 2), 2)])
     family.latents = lambda: next(drawn)
     family.targets = lambda: torch.arange(4)
@@ -140,8 +194,10 @@ def test_reptile_by_hand(factor, tmp_path):
             loss = 0.1 * losses["loss_bn"] + 0.5 * losses["loss_oh"]
             seen.append((loss.item(), images.detach()))
             gradients = dict(zip(inner, torch.autograd.grad(loss, inner.values()), strict=True))
-            inner = {k: adam_step(v, gradients[k], inner_states[k], rates[k]).detach()
-                     .requires_grad_() for k, v in inner.items()}
+            inner = {
+                k: adam_step(v, gradients[k], inner_states[k], rates[k]).detach().requires_grad_()
+                for k, v in inner.items()
+            }
         for k, v in common.items():
             gradient = factor * (v - inner[k].detach())
             assert gradient.abs().max() > 0

@@ -31,10 +31,16 @@ from models import get_model
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [DAFL_train, teacher_train, vanilla_kd, datafree_kd]
-DFAD = [DFAD_mnist, DFAD_cifar, DFAD_caltech101, DFAD_camvid_deeplab, DFAD_nyu_deeplab,
-        teacher_train_seg, vanilla_kd_seg]
-PARSERS = [*SCRIPTS, *DFAD, datafree_kd_imagenet, DFND_train, quickstart, bench, bench_scan,
-           compare]
+DFAD = [
+    DFAD_mnist,
+    DFAD_cifar,
+    DFAD_caltech101,
+    DFAD_camvid_deeplab,
+    DFAD_nyu_deeplab,
+    teacher_train_seg,
+    vanilla_kd_seg,
+]
+PARSERS = [*SCRIPTS, *DFAD, datafree_kd_imagenet, DFND_train, quickstart, bench, bench_scan, compare]
 
 
 class Evil:
@@ -43,13 +49,16 @@ class Evil:
 
 
 @pytest.mark.parametrize("script", [DAFL_train, vanilla_kd, datafree_kd, DFAD_mnist, DFND_train])
-@pytest.mark.parametrize(("content", "words"), [
-    (None, "python teacher_train.py --dataset digits --model lenet5"),
-    ("truncated", "damaged"),
-    ("code", "holds code"),
-    ("architecture", "a resnet8, not lenet5"),
-    ("classes", "7 classes, the data set 10"),
-])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "python teacher_train.py --dataset digits --model lenet5"),
+        ("truncated", "damaged"),
+        ("code", "holds code"),
+        ("architecture", "a resnet8, not lenet5"),
+        ("classes", "7 classes, the data set 10"),
+    ],
+)
 def test_teacher_file(script, content, words, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "teacher.pt"
@@ -59,8 +68,9 @@ def test_teacher_file(script, content, words, tmp_path, refused, monkeypatch):
     elif content == "code":
         path.write_bytes(pickle.dumps(Evil()))
     elif content == "architecture":
-        checkpoint.save({"state_dict": get_model("resnet8", channels=1).state_dict(),
-                         "card": {"model": "resnet8"}}, path)
+        checkpoint.save(
+            {"state_dict": get_model("resnet8", channels=1).state_dict(), "card": {"model": "resnet8"}}, path
+        )
     elif content == "classes":
         checkpoint.save(get_model("lenet5", 7).state_dict(), path)
     wild = ("--wild", "digits") if script is DFND_train else ()
@@ -104,23 +114,29 @@ def test_impossible_combinations(refused):
 
 
 def test_teacher_of_another_image_size(tmp_path, refused):
-    checkpoint.save({"state_dict": get_model("resnet8", channels=1).state_dict(),
-                     "card": {"model": "resnet8", "img_size": 16}}, tmp_path / "t.pt")
+    checkpoint.save(
+        {
+            "state_dict": get_model("resnet8", channels=1).state_dict(),
+            "card": {"model": "resnet8", "img_size": 16},
+        },
+        tmp_path / "t.pt",
+    )
     networks = ("--teacher", "resnet8", "--student", "resnet8")
-    assert "give --img_size 16" in refused(DAFL_train, *networks, "--teacher_ckpt",
-                                           tmp_path / "t.pt")
+    assert "give --img_size 16" in refused(DAFL_train, *networks, "--teacher_ckpt", tmp_path / "t.pt")
 
 
 def test_image_size_that_the_generator_cannot_make(tmp_path, refused):
     checkpoint.save(get_model("resnet8", channels=1).state_dict(), tmp_path / "t.pt")
     networks = ("--teacher", "resnet8", "--student", "resnet8")
-    assert "multiple of 4" in refused(DAFL_train, *networks, "--img_size", "30", "--teacher_ckpt",
-                                      tmp_path / "t.pt")
+    assert "multiple of 4" in refused(
+        DAFL_train, *networks, "--img_size", "30", "--teacher_ckpt", tmp_path / "t.pt"
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("dataset", ["mnist", "fashion-mnist", "cifar10", "cifar100", "svhn",
-                                     "celeba", "imagenet", "folder"])
+@pytest.mark.parametrize(
+    "dataset", ["mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "celeba", "imagenet", "folder"]
+)
 def test_data_absent_and_no_network(script, dataset, tmp_path, refused, monkeypatch):
     def offline(*_, **__):
         raise OSError(101, "Network is unreachable")
@@ -128,16 +144,38 @@ def test_data_absent_and_no_network(script, dataset, tmp_path, refused, monkeypa
     monkeypatch.setattr("socket.socket.connect", offline)
     monkeypatch.setattr("socket.getaddrinfo", offline)
     flags = ("--img_size", "32") if dataset in ("folder", "svhn") else ()
-    error = refused(script, "--dataset", dataset, "--data_root", tmp_path / "none", *flags,
-                    "--out", tmp_path / "runs", "--checkpoints", tmp_path)
+    error = refused(
+        script,
+        "--dataset",
+        dataset,
+        "--data_root",
+        tmp_path / "none",
+        *flags,
+        "--out",
+        tmp_path / "runs",
+        "--checkpoints",
+        tmp_path,
+    )
     assert str(tmp_path / "none") in error
     assert not (tmp_path / "runs").exists()
 
 
 def test_empty_and_broken_images(tmp_path, refused):
     folder = tmp_path / "data"
-    flags = ("--dataset", "folder", "--data_root", folder, "--model", "resnet8", "--img_size", "16",
-             "--out", tmp_path / "runs", "--checkpoints", tmp_path)
+    flags = (
+        "--dataset",
+        "folder",
+        "--data_root",
+        folder,
+        "--model",
+        "resnet8",
+        "--img_size",
+        "16",
+        "--out",
+        tmp_path / "runs",
+        "--checkpoints",
+        tmp_path,
+    )
     for split in ("train", "test"):
         for name in "ab":
             (folder / split / name).mkdir(parents=True)
@@ -173,8 +211,14 @@ def test_nothing_to_evaluate(script, tmp_path, refused, checkpoints):
 
 
 def test_a_real_command_line_ends_without_traceback(tmp_path):
-    command = [sys.executable, ROOT / "DAFL_train.py", "--teacher_ckpt", tmp_path / "none.pt",
-               "--out", tmp_path]
+    command = [
+        sys.executable,
+        ROOT / "DAFL_train.py",
+        "--teacher_ckpt",
+        tmp_path / "none.pt",
+        "--out",
+        tmp_path,
+    ]
     end = subprocess.run(command, capture_output=True, text=True)
     assert end.returncode == 2 and end.stdout == ""
     assert end.stderr.count("\n") == 1 and end.stderr.startswith("DAFL_train.py: teacher ")
@@ -186,7 +230,6 @@ def test_help_shows_and_every_flag_is_read(script, capsys):
         script.parse_args(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "{presets}" not in text and len(text) > 300
-    sources = "".join(p.read_text() for p in (Path(script.__file__),
-                                              *(ROOT / "datafree").rglob("*.py")))
+    sources = "".join(p.read_text() for p in (Path(script.__file__), *(ROOT / "datafree").rglob("*.py")))
     for flag in vars(script.parse_args(["--wild", "mnist"] if script is DFND_train else [])):
         assert f"args.{flag}" in sources or f'"{flag}"' in sources, flag

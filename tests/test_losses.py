@@ -25,14 +25,13 @@ def close(value, expected):
 @pytest.mark.parametrize("case", [k for k in VALUES if k.startswith("dafl/")])
 def test_dafl(case):
     values = VALUES[case]
-    t_logits, t_features, s_logits = (array(values["inputs"][k]) for k in (
-        "teacher_logits", "teacher_features", "student_logits"))
-    oh, ie, a = (one_hot_loss(t_logits), information_entropy_loss(t_logits),
-                 activation_loss(t_features))
+    t_logits, t_features, s_logits = (
+        array(values["inputs"][k]) for k in ("teacher_logits", "teacher_features", "student_logits")
+    )
+    oh, ie, a = (one_hot_loss(t_logits), information_entropy_loss(t_logits), activation_loss(t_features))
     close(oh, values["one_hot"])
     close(ie, values["information_entropy_log10"])
-    close(information_entropy_loss(t_logits, np.e),
-          values["information_entropy_natural_log_for_comparison"])
+    close(information_entropy_loss(t_logits, np.e), values["information_entropy_natural_log_for_comparison"])
     close(a, values["activation"])
     kd = kd_loss(s_logits, t_logits.detach())
     close(kd, values["kd_loss"])
@@ -45,8 +44,7 @@ def test_dafl(case):
     close(kd_gradient.norm(), values["kd_gradient_l2_wrt_student"])
     total = oh + 5 * ie + 0.1 * a
     expected = values["gradient_of_total_oh1_ie5_a0.1"]
-    for name, gradient in zip(expected, torch.autograd.grad(total, (t_logits, t_features)),
-                              strict=True):
+    for name, gradient in zip(expected, torch.autograd.grad(total, (t_logits, t_features)), strict=True):
         close(gradient.abs().sum(), expected[name]["sum_abs"])
         close(gradient.norm(), expected[name]["l2"])
 

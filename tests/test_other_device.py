@@ -13,13 +13,18 @@ SCRIPTS = sorted({case.script.__name__ for case in CASES.values()})
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
-    reason="this PyTorch cannot have a device that is written in Python")
+    reason="this PyTorch cannot have a device that is written in Python",
+)
 
 
 def play(script, *runs):
     """Run a script with each of these flags; returns where it waits in its epochs."""
-    end = subprocess.run([sys.executable, ROOT / "tests" / "other_device.py", script,
-                          *map(shlex.join, runs)], capture_output=True, text=True, cwd=ROOT)
+    end = subprocess.run(
+        [sys.executable, ROOT / "tests" / "other_device.py", script, *map(shlex.join, runs)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert end.returncode == 0, end.stderr[-2000:]
     return json.loads(end.stdout.splitlines()[-1])
 
@@ -43,14 +48,24 @@ print(sum(other_device.waits.values()))
 
 
 def test_such_a_device_notices_faults():
-    out = subprocess.run([sys.executable, "-c", FAULTY], capture_output=True, text=True,
-                         cwd=ROOT / "tests", check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", FAULTY], capture_output=True, text=True, cwd=ROOT / "tests", check=True
+    ).stdout
     assert out == "aten.add.Tensor mixes tensors of fakegpu and of the CPU\n4\n"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_epochs_and_a_resumed_one(script, tmp_path, checkpoints):
     cases = [case for case in CASES.values() if case.script.__name__ == script]
-    assert play(script, *(command(case, tmp_path, checkpoints, "--n_epochs", *more)
-                          for case in cases for more in (["2"], ["3", "--resume"]))) == {}
+    assert (
+        play(
+            script,
+            *(
+                command(case, tmp_path, checkpoints, "--n_epochs", *more)
+                for case in cases
+                for more in (["2"], ["3", "--resume"])
+            ),
+        )
+        == {}
+    )
     assert all((tmp_path / case.folder / "result.json").exists() for case in cases)

@@ -22,14 +22,23 @@ def where(tmp_path):
             folder = tmp_path / "imagenet" / split / name
             folder.mkdir(parents=True)
             Image.new("RGB", (40, 32), colour).save(folder / "0.png")
-    return ["--data_root", str(tmp_path), "--out", str(tmp_path / "runs"), "--checkpoints",
-            str(tmp_path / "checkpoints"), "--img_size", "32"]
+    return [
+        "--data_root",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "runs"),
+        "--checkpoints",
+        str(tmp_path / "checkpoints"),
+        "--img_size",
+        "32",
+    ]
 
 
 def offer(monkeypatch, answer):
     """Let torchvision's loader return what answer() does."""
-    monkeypatch.setattr(type(checkpoint.PRETRAINED["resnet18_imagenet"]), "get_state_dict",
-                        lambda self, progress: answer())
+    monkeypatch.setattr(
+        type(checkpoint.PRETRAINED["resnet18_imagenet"]), "get_state_dict", lambda self, progress: answer()
+    )
 
 
 def test_weights_are_tested_and_copied(where, tmp_path, monkeypatch):
@@ -41,8 +50,10 @@ def test_weights_are_tested_and_copied(where, tmp_path, monkeypatch):
     card = content["card"]
     assert card["model"] == "resnet18_imagenet" and card["class_names"] == ["n01", "n02", "n03"]
     assert card["mean"] == [0.485, 0.456, 0.406] and card["accuracy"] == result["last"]
-    assert json.loads((tmp_path / "runs" / result["name"] / "result.json").read_text())["args"][
-        "pretrained"] is True
+    assert (
+        json.loads((tmp_path / "runs" / result["name"] / "result.json").read_text())["args"]["pretrained"]
+        is True
+    )
     again = teacher_train.main(teacher_train.parse_args([*FLAGS, *where, "--resume"]))
     assert again["last"] == result["last"]
 
@@ -65,8 +76,7 @@ def test_what_ends_in_one_line(where, tmp_path, refused, monkeypatch):
     ):
         assert words in refused(teacher_train, *flags, "--pretrained"), flags
     error = refused(datafree_kd_imagenet, *where)
-    assert ("python teacher_train.py --dataset imagenet --model resnet50_imagenet --pretrained`"
-            in error)
+    assert "python teacher_train.py --dataset imagenet --model resnet50_imagenet --pretrained`" in error
     error = refused(datafree_kd_imagenet, *where, "--teacher", "wrn40_2")
     assert "--model wrn40_2`" in error
     assert not (tmp_path / "runs").exists() and not (tmp_path / "checkpoints").exists()
@@ -75,5 +85,10 @@ def test_what_ends_in_one_line(where, tmp_path, refused, monkeypatch):
 def test_recipe_of_imagenet():
     args = teacher_train.parse_args(["--dataset", "imagenet", "--model", "resnet18_imagenet"])
     assert (args.recipe, args.optimizer, args.lr, args.weight_decay, args.batch_size) == (
-        "imagenet", "sgd", 0.1, 1e-4, 256)
+        "imagenet",
+        "sgd",
+        0.1,
+        1e-4,
+        256,
+    )
     assert (args.n_epochs, args.milestones, args.gamma) == (90, [1 / 3, 2 / 3], 0.1)

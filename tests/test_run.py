@@ -43,38 +43,130 @@ class Case(NamedTuple):
 
 
 def datafree(method, *flags):
-    return Case(datafree_kd, (
-        "--batch_size", "16", "--synthesis_batch_size", "16", "--ep_steps", "4", "--n_epochs", "4",
-        "--warmup", "1", "--lr", "0.01", "--sample_every", "2", "--teacher", "resnet8",
-        "--student", "resnet8", "--method", method, "--g_steps", "2", *flags),
-        f"datafree_kd-digits-resnet8-resnet8-{method}" + "2" * (method == "fast_meta"))
+    return Case(
+        datafree_kd,
+        (
+            "--batch_size",
+            "16",
+            "--synthesis_batch_size",
+            "16",
+            "--ep_steps",
+            "4",
+            "--n_epochs",
+            "4",
+            "--warmup",
+            "1",
+            "--lr",
+            "0.01",
+            "--sample_every",
+            "2",
+            "--teacher",
+            "resnet8",
+            "--student",
+            "resnet8",
+            "--method",
+            method,
+            "--g_steps",
+            "2",
+            *flags,
+        ),
+        f"datafree_kd-digits-resnet8-resnet8-{method}" + "2" * (method == "fast_meta"),
+    )
 
 
 SMALL_GENERATOR = ("--nz", "8", "--ngf", "8")
-DAFL = Case(DAFL_train, ("--batch_size", "16", "--iterations", "4", "--n_epochs", "4", "--nz", "4",
-                         "--milestones", "0.5", "--sample_every", "2"),
-            "DAFL_train-digits-lenet5-lenet5_half")
+DAFL = Case(
+    DAFL_train,
+    (
+        "--batch_size",
+        "16",
+        "--iterations",
+        "4",
+        "--n_epochs",
+        "4",
+        "--nz",
+        "4",
+        "--milestones",
+        "0.5",
+        "--sample_every",
+        "2",
+    ),
+    "DAFL_train-digits-lenet5-lenet5_half",
+)
 CASES = {
     "DAFL_train": DAFL,
-    "teacher_train": Case(teacher_train, ("--batch_size", "128", "--n_epochs", "4", "--recipe",
-                                          "dafl"), "teacher_train-digits-lenet5"),
-    "vanilla_kd": Case(vanilla_kd, ("--batch_size", "128", "--n_epochs", "4", "--transfer_set",
-                                    "noise"), "vanilla_kd-digits-lenet5-lenet5_half-noise"),
+    "teacher_train": Case(
+        teacher_train,
+        ("--batch_size", "128", "--n_epochs", "4", "--recipe", "dafl"),
+        "teacher_train-digits-lenet5",
+    ),
+    "vanilla_kd": Case(
+        vanilla_kd,
+        ("--batch_size", "128", "--n_epochs", "4", "--transfer_set", "noise"),
+        "vanilla_kd-digits-lenet5-lenet5_half-noise",
+    ),
     "fast_meta": datafree("fast_meta", *SMALL_GENERATOR),
     "cmi": datafree("cmi", *SMALL_GENERATOR, "--bank_size", "40", "--n_neg", "8"),
     "deepinv": datafree("deepinv"),
     "dfq": datafree("dfq", *SMALL_GENERATOR, "--kd_steps", "2"),
-    "datafree_kd_imagenet": Case(datafree_kd_imagenet, (
-        "--batch_size", "8", "--synthesis_batch_size", "8", "--dataset", "digits", "--ep_steps",
-        "2", "--kd_steps", "2", "--n_epochs", "4", "--lr", "0.01", "--sample_every", "2",
-        "--teacher", "resnet8", "--student", "resnet8", "--g_steps", "2", "--phase1_rounds", "2",
-        "--z_rounds", "4", *SMALL_GENERATOR), "datafree_kd_imagenet-digits-resnet8-resnet8"),
-    "DFAD_mnist": Case(DFAD_mnist, (
-        "--batch_size", "16", "--dataset", "digits", "--n_epochs", "4", "--epoch_itrs", "2", "--nz",
-        "4", "--sample_every", "2", "--scheduler"), "DFAD_mnist-digits-lenet5-lenet5_half",
-        adversarial),
-    "DFND_train": Case(DFND_train, ("--batch_size", "64", "--wild", "digits", "--num_select", "256",
-                                    "--n_epochs", "4"), "DFND_train-digits-lenet5-lenet5_half"),
+    "datafree_kd_imagenet": Case(
+        datafree_kd_imagenet,
+        (
+            "--batch_size",
+            "8",
+            "--synthesis_batch_size",
+            "8",
+            "--dataset",
+            "digits",
+            "--ep_steps",
+            "2",
+            "--kd_steps",
+            "2",
+            "--n_epochs",
+            "4",
+            "--lr",
+            "0.01",
+            "--sample_every",
+            "2",
+            "--teacher",
+            "resnet8",
+            "--student",
+            "resnet8",
+            "--g_steps",
+            "2",
+            "--phase1_rounds",
+            "2",
+            "--z_rounds",
+            "4",
+            *SMALL_GENERATOR,
+        ),
+        "datafree_kd_imagenet-digits-resnet8-resnet8",
+    ),
+    "DFAD_mnist": Case(
+        DFAD_mnist,
+        (
+            "--batch_size",
+            "16",
+            "--dataset",
+            "digits",
+            "--n_epochs",
+            "4",
+            "--epoch_itrs",
+            "2",
+            "--nz",
+            "4",
+            "--sample_every",
+            "2",
+            "--scheduler",
+        ),
+        "DFAD_mnist-digits-lenet5-lenet5_half",
+        adversarial,
+    ),
+    "DFND_train": Case(
+        DFND_train,
+        ("--batch_size", "64", "--wild", "digits", "--num_select", "256", "--n_epochs", "4"),
+        "DFND_train-digits-lenet5-lenet5_half",
+    ),
 }
 
 
@@ -115,8 +207,7 @@ def whole(request, tmp_path_factory, checkpoints):
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2, 3])
-def test_resume_after_any_epoch_is_bit_identical(whole, stop, tmp_path, checkpoints, monkeypatch,
-                                                 capsys):
+def test_resume_after_any_epoch_is_bit_identical(whole, stop, tmp_path, checkpoints, monkeypatch, capsys):
     case, out = whole
     train_epoch, calls = case.loop.train_epoch, []
 
@@ -136,14 +227,18 @@ def test_resume_after_any_epoch_is_bit_identical(whole, stop, tmp_path, checkpoi
     run(case.script, *argv, "--resume")
     assert equal(states(tmp_path, case), states(out, case))
     assert rows(tmp_path, case) == rows(out, case)
-    assert equal(checkpoint.read(tmp_path / case.folder / "best.pt"),
-                 checkpoint.read(out / case.folder / "best.pt"))
+    assert equal(
+        checkpoint.read(tmp_path / case.folder / "best.pt"), checkpoint.read(out / case.folder / "best.pt")
+    )
 
 
 def test_resume_after_a_kill_in_mid_epoch_is_bit_identical(tmp_path, checkpoints):
     def argv(out):
-        return [sys.executable, str(ROOT / "DAFL_train.py"),
-                *command(DAFL, out, checkpoints, "--iterations", "30")]
+        return [
+            sys.executable,
+            str(ROOT / "DAFL_train.py"),
+            *command(DAFL, out, checkpoints, "--iterations", "30"),
+        ]
 
     subprocess.run(argv(tmp_path / "whole"), check=True, capture_output=True)
     process = subprocess.Popen(argv(tmp_path / "killed"), stdout=subprocess.DEVNULL)
@@ -163,8 +258,16 @@ def test_folder_holds_what_it_should(whole):
     case, out = whole
     folder = out / case.folder
     names = {p.name for p in folder.iterdir()}
-    assert {"args.json", "metrics.csv", "log.txt", "last.pt", "best.pt", "accuracy.png",
-            "result.json", "samples"} <= names
+    assert {
+        "args.json",
+        "metrics.csv",
+        "log.txt",
+        "last.pt",
+        "best.pt",
+        "accuracy.png",
+        "result.json",
+        "samples",
+    } <= names
     assert not [n for n in names if n.endswith(".tmp")]
     record = rows(out, case)
     assert [r["epoch"] for r in record] == ["1", "2", "3", "4"]
@@ -172,8 +275,18 @@ def test_folder_holds_what_it_should(whole):
     accuracies = [float(r["accuracy"]) for r in record]
     assert result["last"] == accuracies[-1] and result["best"] == max(accuracies)
     assert accuracies[result["best_epoch"] - 1] == max(accuracies)
-    for key in ("seed", "command", "commit", "versions", "hardware", "seconds", "fingerprint",
-                "precision", "dataset", "published"):
+    for key in (
+        "seed",
+        "command",
+        "commit",
+        "versions",
+        "hardware",
+        "seconds",
+        "fingerprint",
+        "precision",
+        "dataset",
+        "published",
+    ):
         assert key in result
     assert result["command"].startswith(f"python {case.script.__name__}.py --batch_size ")
     assert Image.open(folder / "accuracy.png").size[0] > 400
@@ -193,8 +306,10 @@ def test_best_weights_score_what_the_record_says(whole, checkpoints, capsys):
 def test_teacher_for_distillation_is_the_best_epoch(whole, checkpoints):
     case, out = whole
     if case.script is teacher_train:
-        assert equal(checkpoint.read(out / "checkpoints" / "digits-lenet5.pt"),
-                     checkpoint.read(out / case.folder / "best.pt"))
+        assert equal(
+            checkpoint.read(out / "checkpoints" / "digits-lenet5.pt"),
+            checkpoint.read(out / case.folder / "best.pt"),
+        )
 
 
 def test_generated_images_are_written(whole):
@@ -245,8 +360,9 @@ def test_resume_of_a_damaged_checkpoint_is_refused(tmp_path, checkpoints, refuse
 
 
 @pytest.mark.parametrize("what", ["loss", "weights"])
-def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(whole, what, tmp_path, checkpoints,
-                                                              refused, monkeypatch):
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
+    whole, what, tmp_path, checkpoints, refused, monkeypatch
+):
     case, out = whole
     train_epoch, calls = case.loop.train_epoch, []
 
@@ -291,8 +407,23 @@ def test_full_disk_keeps_what_is_saved(tmp_path, checkpoints, refused, monkeypat
 
 
 def test_losses_fall_on_digits(tmp_path, checkpoints):
-    run(DAFL_train, "--batch_size", "64", "--iterations", "15", "--n_epochs", "4", "--out",
-        str(tmp_path), "--checkpoints", str(checkpoints), "--tag", "falls", "--nz", "16")
+    run(
+        DAFL_train,
+        "--batch_size",
+        "64",
+        "--iterations",
+        "15",
+        "--n_epochs",
+        "4",
+        "--out",
+        str(tmp_path),
+        "--checkpoints",
+        str(checkpoints),
+        "--tag",
+        "falls",
+        "--nz",
+        "16",
+    )
     with (tmp_path / (DAFL.folder + "-falls") / "metrics.csv").open() as file:
         record = list(csv.DictReader(file))
     assert float(record[-1]["loss_G"]) < float(record[0]["loss_G"])
@@ -309,16 +440,42 @@ def test_own_images_and_teacher_end_to_end(tmp_path, refused):
             for i in range(8):
                 noise = torch.randint(-50, 50, (16, 16, 3)) + colour
                 Image.fromarray(noise.to(torch.uint8).numpy()).save(folder / f"{i}.png")
-    common = ["--dataset", "folder", "--data_root", str(tmp_path / "data"), "--out", str(tmp_path),
-              "--n_epochs", "1", "--batch_size", "8", "--checkpoints", str(tmp_path)]
+    common = [
+        "--dataset",
+        "folder",
+        "--data_root",
+        str(tmp_path / "data"),
+        "--out",
+        str(tmp_path),
+        "--n_epochs",
+        "1",
+        "--batch_size",
+        "8",
+        "--checkpoints",
+        str(tmp_path),
+    ]
     trained = run(teacher_train, *common, "--model", "resnet8")
     assert trained["dataset"] == "folder" and (tmp_path / "folder-resnet8.pt").exists()
     card = checkpoint.read(tmp_path / "folder-resnet8.pt")["card"]
     assert card["num_classes"] == 2 and card["img_size"] == 16 and len(card["mean"]) == 3
     bare = tmp_path / "bare.pt"
     torch.save(checkpoint.read(tmp_path / "folder-resnet8.pt")["state_dict"], bare)
-    networks = ["--teacher", "resnet8", "--student", "wrn16_1", "--teacher_ckpt", str(bare),
-                "--mean", "0.5", "0.5", "0.5", "--std", "0.2", "0.2", "0.2"]
+    networks = [
+        "--teacher",
+        "resnet8",
+        "--student",
+        "wrn16_1",
+        "--teacher_ckpt",
+        str(bare),
+        "--mean",
+        "0.5",
+        "0.5",
+        "0.5",
+        "--std",
+        "0.2",
+        "0.2",
+        "0.2",
+    ]
     for script, *flags in (
         (DAFL_train, "--iterations", "2", "--nz", "8", "--sample_every", "1"),
         (DAFL_train, "--iterations", "2", "--nz", "8", "--variant", "mmrazor"),

@@ -42,13 +42,14 @@ def nyuv2(tmp_path):
     place = tmp_path / "nyuv2"
     parts = {"train": [1, 3, 4], "test": [2]}
     place.mkdir()
-    scipy.io.savemat(place / "splits.mat",
-                     {f"{k}Ndxs": np.array(v)[:, None] for k, v in parts.items()})
+    scipy.io.savemat(place / "splits.mat", {f"{k}Ndxs": np.array(v)[:, None] for k, v in parts.items()})
     for part, numbers in parts.items():
         for i in numbers:
             write(place / "480_640" / "IMAGE" / f"{i - 1}.png", np.full((48, 64, 3), i))
-            write(place / "nyuv2-meta-data" / f"{part}_labels_13" / f"new_nyu_class13_{i:04}.png",
-                  np.repeat(np.arange(16) % 14, 4)[None].repeat(48, 0))
+            write(
+                place / "nyuv2-meta-data" / f"{part}_labels_13" / f"new_nyu_class13_{i:04}.png",
+                np.repeat(np.arange(16) % 14, 4)[None].repeat(48, 0),
+            )
     return tmp_path
 
 
@@ -72,6 +73,8 @@ def test_statistics_of_ones_own(camvid):
     assert data.mean == (0.1, 0.2, 0.3) and data.std == (0.5, 0.5, 0.5)
     with pytest.raises(DataError, match="3 value"):
         get_segmentation("camvid", camvid, std=[0.5])
+
+
 def test_given_statistics_stand_before_those_of_a_checkpoint(tmp_path):
     card = {"mean": [0.5], "std": [0.4], "accuracy": 50.0}
     model = torch.nn.Linear(1, 1)
@@ -153,9 +156,20 @@ TINY = ("--batch_size", "2", "--n_epochs", "2")
 
 
 def play(script, root, *flags):
-    return script.main(script.parse_args(
-        [*TINY, "--data_root", str(root), "--out", str(root / "runs"), "--checkpoints",
-         str(root / "checkpoints"), *flags]))
+    return script.main(
+        script.parse_args(
+            [
+                *TINY,
+                "--data_root",
+                str(root),
+                "--out",
+                str(root / "runs"),
+                "--checkpoints",
+                str(root / "checkpoints"),
+                *flags,
+            ]
+        )
+    )
 
 
 def small(images):
@@ -169,8 +183,7 @@ def small(images):
 @pytest.fixture
 def quick(monkeypatch):
     for script in (teacher_train_seg, DFAD_camvid_deeplab, DFAD_nyu_deeplab):
-        monkeypatch.setattr(script, "get_segmentation",
-                            lambda *args: small(get_segmentation(*args)))
+        monkeypatch.setattr(script, "get_segmentation", lambda *args: small(get_segmentation(*args)))
 
 
 def columns(root, name):
@@ -186,8 +199,19 @@ def test_camvid_end_to_end(camvid, quick, capsys):
     rows = columns(camvid, result["name"])
     assert len(rows) == 2 and 0 <= float(rows[-1]["mIoU"]) <= 100 and "iou_bicyclist" in rows[0]
     assert result["published"] == [] and result["last"] == float(rows[-1]["mIoU"])
-    game = ("--teacher", "deeplabv3_mobilenet", "--epoch_itrs", "1", "--img_size", "32", "--nz",
-            "8", "--save_img", "--sample_every", "1")
+    game = (
+        "--teacher",
+        "deeplabv3_mobilenet",
+        "--epoch_itrs",
+        "1",
+        "--img_size",
+        "32",
+        "--nz",
+        "8",
+        "--save_img",
+        "--sample_every",
+        "1",
+    )
     result = play(DFAD_camvid_deeplab, camvid, *game)
     folder = camvid / "runs" / result["name"]
     rows = columns(camvid, result["name"])
@@ -212,8 +236,18 @@ def test_camvid_end_to_end(camvid, quick, capsys):
 def test_nyuv2_end_to_end(nyuv2, quick):
     network = ("--model", "deeplabv3_mobilenet", "--crop", "48", "--dataset", "nyuv2")
     assert play(teacher_train_seg, nyuv2, *network)["dataset"] == "nyuv2"
-    result = play(DFAD_nyu_deeplab, nyuv2, "--teacher", "deeplabv3_mobilenet", "--epoch_itrs", "1",
-                  "--img_size", "32", "--nz", "8")
+    result = play(
+        DFAD_nyu_deeplab,
+        nyuv2,
+        "--teacher",
+        "deeplabv3_mobilenet",
+        "--epoch_itrs",
+        "1",
+        "--img_size",
+        "32",
+        "--nz",
+        "8",
+    )
     assert "iou_window" in columns(nyuv2, result["name"])[0]
 
 
@@ -224,8 +258,7 @@ def test_what_ends_in_one_line(camvid, nyuv2, quick, refused):
     for script, flags, words in (
         (DFAD_camvid_deeplab, where, "teacher_train_seg.py --dataset camvid --model deeplabv3_res"),
         (DFAD_camvid_deeplab, (*game, "--teacher_ckpt", camvid / "wrong.pt"), "13 classes"),
-        (DFAD_camvid_deeplab, (*where, "--img_size", "40", "--teacher_ckpt", camvid / "no.pt"),
-         "no.pt"),
+        (DFAD_camvid_deeplab, (*where, "--img_size", "40", "--teacher_ckpt", camvid / "no.pt"), "no.pt"),
         (teacher_train_seg, (*where, "--batch_size", "6"), "5 training images"),
         (teacher_train_seg, (*where, "--backbone_weights", camvid / "no.pt"), "does not exist"),
         (teacher_train_seg, (*where, "--backbone_weights", camvid / "wrong.pt"), "of the backbone"),

@@ -12,13 +12,7 @@ from datafree import synthesis
 from datafree.augment import Transform
 from datafree.fold import fold_batch_norm
 from datafree.hooks import BatchNormHooks
-from datafree.losses import (
-    contrastive_loss,
-    decision_adversarial_loss,
-    js_loss,
-    l1_loss,
-    total_variation,
-)
+from datafree.losses import contrastive_loss, decision_adversarial_loss, js_loss, l1_loss, total_variation
 from datafree.pool import ImagePool
 from datafree.runtime import cosine_at, make_optimizer
 from models import get_generator, get_model, set_folded
@@ -55,8 +49,9 @@ def networks(reference):
 
 def make(family, reference, tmp_path, **settings):
     pool = ImagePool((3, 32, 32), "cpu", tmp_path / "pool.u8")
-    return family(*networks(reference), CIFAR, (3, 32, 32), 10, RUNTIME, pool,
-                  synthesis_batch_size=8, **settings)
+    return family(
+        *networks(reference), CIFAR, (3, 32, 32), 10, RUNTIME, pool, synthesis_batch_size=8, **settings
+    )
 
 
 class Recorded:
@@ -80,9 +75,17 @@ class Recorded:
 def test_fast_meta(case, folded, tmp_path):
     reference = DYNAMICS[case]
     s = reference["settings"]
-    fast = make(synthesis.Fast, reference, tmp_path, g_steps=s["iterations"], meta=True,
-                reset_l0=0, reset_bn=0, as_published=False,
-                **{k: s[k] for k in ("lr_g", "lr_z", "bn", "oh", "adv", "bn_mmt", "is_maml")})
+    fast = make(
+        synthesis.Fast,
+        reference,
+        tmp_path,
+        g_steps=s["iterations"],
+        meta=True,
+        reset_l0=0,
+        reset_bn=0,
+        as_published=False,
+        **{k: s[k] for k in ("lr_g", "lr_z", "bn", "oh", "adv", "bn_mmt", "is_maml")},
+    )
     set_folded(fast.generator, folded)
     for call in reference["calls"]:
         recorded = Recorded(fast)
@@ -90,8 +93,9 @@ def test_fast_meta(case, folded, tmp_path):
         fast.pool.add = added.append
         z = noise((8, 32), call["latent_seed"])
         fast.invert(z, TARGETS, True, lambda loss: None)
-        for step, total, expected in zip(recorded.steps, recorded.totals,
-                                         call["inner_iterations"], strict=True):
+        for step, total, expected in zip(
+            recorded.steps, recorded.totals, call["inner_iterations"], strict=True
+        ):
             for name, value in step.items():
                 close(value, expected[name])
             close(total, expected["loss"])
@@ -100,14 +104,17 @@ def test_fast_meta(case, folded, tmp_path):
         close(fast.best_loss, call["best_cost"])
         check(fast.generator.parameters(), call["generator_parameters_after"])
         # Whoever updates the inner copy's statistics must not touch the common generator's.
-        assert all(not m.num_batches_tracked for m in fast.generator.modules()
-                   if hasattr(m, "num_batches_tracked"))
+        assert all(
+            not m.num_batches_tracked for m in fast.generator.modules() if hasattr(m, "num_batches_tracked")
+        )
         for name, values in call["generator_per_parameter_after"].items():
             # A bias before a BatchNorm has only rounding for a gradient, which Adam blows up.
             check([fast.generator.get_parameter(name)], values, rel=1e-6)
         if s["bn_mmt"]:
-            close(torch.cat([t for pair in fast.hooks.buffers for t in pair]).norm(),
-                  call["bn_momentum_buffers"]["total_l2"])
+            close(
+                torch.cat([t for pair in fast.hooks.buffers for t in pair]).norm(),
+                call["bn_momentum_buffers"]["total_l2"],
+            )
 
 
 @pytest.mark.parametrize("method", ["dafl", "dfad"])
@@ -115,9 +122,16 @@ def test_fast_meta(case, folded, tmp_path):
 def test_generative(method, as_published, tmp_path):
     reference = DYNAMICS[f"generative/{method}"]
     s = reference["settings"]
-    family = make(synthesis.Generative, reference, tmp_path, g_steps=1, lr_g=s["lr_g"],
-                  criterion="l1" if method == "dfad" else "kl", as_published=as_published,
-                  **{k: s[k] for k in ("adv", "bn", "oh", "act", "balance")})
+    family = make(
+        synthesis.Generative,
+        reference,
+        tmp_path,
+        g_steps=1,
+        lr_g=s["lr_g"],
+        criterion="l1" if method == "dfad" else "kl",
+        as_published=as_published,
+        **{k: s[k] for k in ("adv", "bn", "oh", "act", "balance")},
+    )
     expected = reference["published" if as_published else "real_student"]
     family.latents = lambda: noise((8, 32), 1)
     losses = family.synthesize(True, lambda loss: None)
@@ -136,9 +150,16 @@ def test_generative(method, as_published, tmp_path):
 def test_cmi(tmp_path):
     reference = DYNAMICS["cmi/partial_agreement"]
     s = reference["settings"]
-    cmi = make(synthesis.CMI, reference, tmp_path, g_steps=s["iterations"], head_dim=16,
-               bank_size=s["bank_size"], n_neg=s["n_neg"],
-               **{k: s[k] for k in ("lr_g", "bn", "oh", "adv", "cr", "cr_T")})
+    cmi = make(
+        synthesis.CMI,
+        reference,
+        tmp_path,
+        g_steps=s["iterations"],
+        head_dim=16,
+        bank_size=s["bank_size"],
+        n_neg=s["n_neg"],
+        **{k: s[k] for k in ("lr_g", "bn", "oh", "adv", "cr", "cr_T")},
+    )
     cmi.bank = cmi.bank.double()
     named = torch.nn.ModuleDict({"head": cmi.head})
     fill(named)
@@ -149,8 +170,7 @@ def test_cmi(tmp_path):
         cmi.pool.add = added.append
         z = noise((8, 32), call["latent_seed"])
         cmi.invert(z, TARGETS, True, lambda loss: None)
-        for step, total, expected in zip(recorded.steps, recorded.totals, call["iterations"],
-                                         strict=True):
+        for step, total, expected in zip(recorded.steps, recorded.totals, call["iterations"], strict=True):
             for name, value in step.items():
                 close(value, expected[name])
             close(total, expected["loss"])
@@ -168,8 +188,9 @@ def test_student_step():
     optimizer = make_optimizer("sgd", student.parameters(), 0.1, 1e-4)
     args = Namespace(criterion="kl", T=20, kd_steps=1)
     for seed, expected in enumerate(reference["losses"]):
-        loss = datafree_kd.distill([noise((4, 3, 32, 32), seed)], teacher, student, optimizer, args,
-                                   RUNTIME, lambda loss: None)
+        loss = datafree_kd.distill(
+            [noise((4, 3, 32, 32), seed)], teacher, student, optimizer, args, RUNTIME, lambda loss: None
+        )
         close(loss, expected)
     check(student.parameters(), reference["student_parameters_after"])
     for name, values in reference["student_per_parameter_after"].items():
@@ -184,7 +205,8 @@ def array(entry, **kwargs):
 def test_logit_losses(case):
     values = LOSSES[case]
     for name, loss in (
-        ("jsdiv_T1", lambda s, t: js_loss(s, t, 1)), ("jsdiv_T3", js_loss),
+        ("jsdiv_T1", lambda s, t: js_loss(s, t, 1)),
+        ("jsdiv_T3", js_loss),
         ("decision_adversarial", decision_adversarial_loss),
     ):
         s, t = (array(values["inputs"][f"{k}_logits"]) for k in ("student", "teacher"))
@@ -192,8 +214,10 @@ def test_logit_losses(case):
         value = loss(s, t)
         close(value, expected["value"])
         value.backward()
-        close(s.grad.norm(), expected.get("gradient_l2_wrt_student",
-                                          expected.get("gradient_l2_wrt_first_argument")))
+        close(
+            s.grad.norm(),
+            expected.get("gradient_l2_wrt_student", expected.get("gradient_l2_wrt_first_argument")),
+        )
 
 
 @pytest.mark.parametrize("case", [k for k in LOSSES if k.startswith("dfad_adversarial/")])
@@ -224,12 +248,17 @@ def test_image_priors(case):
 @pytest.mark.parametrize("case", [k for k in LOSSES if k.startswith("bn_statistics/")])
 def test_batch_norm_statistics(case):
     values = LOSSES[case]
-    net = fill(torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
-        torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.BatchNorm2d(8)))
+    net = fill(
+        torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3, padding=1),
+            torch.nn.BatchNorm2d(8),
+            torch.nn.ReLU(),
+            torch.nn.Conv2d(8, 8, 3, padding=1),
+            torch.nn.BatchNorm2d(8),
+        )
+    )
     hooks = BatchNormHooks(net, values["inputs"]["momentum_rate"])
-    for i, key in ((1, "batch_1_no_buffer"), (2, "batch_2_with_buffer"),
-                   (3, "batch_3_with_buffer")):
+    for i, key in ((1, "batch_1_no_buffer"), (2, "batch_2_with_buffer"), (3, "batch_3_with_buffer")):
         x = array(values["inputs"][f"batch_{i}"])
         with hooks:
             net(x)
@@ -241,8 +270,9 @@ def test_batch_norm_statistics(case):
         after = values.get(("", "buffer_after_first_update", "buffer_after_second_update", "")[i])
         if after:
             for j, kind in enumerate(("mean", "var")):
-                for pair, norm, total in zip(hooks.buffers, after[f"{kind}_l2"],
-                                             after[f"{kind}_sum"], strict=True):
+                for pair, norm, total in zip(
+                    hooks.buffers, after[f"{kind}_l2"], after[f"{kind}_sum"], strict=True
+                ):
                     check([pair[j]], {"l2": norm, "sum": total})
     net(array(values["inputs"]["batch_1"]))  # outside the block nothing is recorded
     assert hooks.inputs[0] is not None and not net[1]._forward_pre_hooks
@@ -255,10 +285,11 @@ def test_contrastive(bank):
     head = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
     fill(torch.nn.ModuleDict({"head": head}))
     views = [array(inputs[f"{k}_features"]) for k in ("local", "global")]
-    rows = array(inputs["bank"])[:5 if bank == "with_bank" else 0].detach()
+    rows = array(inputs["bank"])[: 5 if bank == "with_bank" else 0].detach()
     local, others = (
         torch.nn.functional.normalize(head(torch.cat([view, half])), dim=1)
-        for view, half in zip(views, rows.chunk(2, 1), strict=True))
+        for view, half in zip(views, rows.chunk(2, 1), strict=True)
+    )
     loss = contrastive_loss(local, others, 0.2, 4)
     loss.backward()
     close(loss, expected["loss"])
@@ -329,6 +360,7 @@ def test_a_run_starts_with_an_empty_pool(tmp_path):
 def test_best_is_a_copy():
     """The published DeepInversion remembers the variable itself, hence the last state."""
     from datafree.synthesis.base import Best
+
     best, x = Best(), torch.zeros(2)
     for step, loss in enumerate((3.0, 1.0, 1.0, 2.0)):
         x.fill_(step)
@@ -336,9 +368,9 @@ def test_best_is_a_copy():
     assert best.tensors[0].tolist() == [1, 1] and best.loss == 1
 
 
-@pytest.mark.parametrize(("name", "left"), [
-    ("resnet34", 0), ("wrn16_2", 6), ("mobilenetv2", 0), ("vgg11", 8), ("lenet5", 0),
-])
+@pytest.mark.parametrize(
+    ("name", "left"), [("resnet34", 0), ("wrn16_2", 6), ("mobilenetv2", 0), ("vgg11", 8), ("lenet5", 0)]
+)
 def test_folded_batch_norm(name, left):
     """Exact in value and gradient; what cannot be traced or folded stays as it is."""
     model = fill(get_model(name)).requires_grad_(False)
@@ -346,8 +378,7 @@ def test_folded_batch_norm(name, left):
     norms = [m for m in folded.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     used = {n.target for n in folded.graph.nodes} if hasattr(folded, "graph") else None
     if used is not None:
-        norms = [k for k, m in folded.named_modules()
-                 if isinstance(m, torch.nn.BatchNorm2d) and k in used]
+        norms = [k for k, m in folded.named_modules() if isinstance(m, torch.nn.BatchNorm2d) and k in used]
     assert len(norms) == left
     channels = 1 if name == "lenet5" else 3
     results = []

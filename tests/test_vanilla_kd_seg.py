@@ -26,13 +26,15 @@ def root(camvid, monkeypatch):
 
     The large network is the small one here, which keeps the tests short.
     """
-    monkeypatch.setattr(vanilla_kd_seg, "get_segmenter",
-                        lambda _, classes: get_segmenter("deeplabv3_mobilenet", classes))
-    monkeypatch.setattr(vanilla_kd_seg, "get_segmentation",
-                        lambda *args: small(get_segmentation(*args)))
+    monkeypatch.setattr(
+        vanilla_kd_seg, "get_segmenter", lambda _, classes: get_segmenter("deeplabv3_mobilenet", classes)
+    )
+    monkeypatch.setattr(vanilla_kd_seg, "get_segmentation", lambda *args: small(get_segmentation(*args)))
     torch.manual_seed(0)
-    checkpoint.save(get_segmenter("deeplabv3_mobilenet", 11).state_dict(),
-                    camvid / "checkpoints" / "camvid-deeplabv3_resnet50.pt")
+    checkpoint.save(
+        get_segmenter("deeplabv3_mobilenet", 11).state_dict(),
+        camvid / "checkpoints" / "camvid-deeplabv3_resnet50.pt",
+    )
     for i in range(4):  # the left half is dark
         picture = np.full((40, 60, 3), 50 * i + 50)
         picture[:, :30] = 0
@@ -79,8 +81,9 @@ def test_what_the_networks_see(root):
     transform = Transform.of(data)
 
     def batches(transfer_set, images=None):
-        args = vanilla_kd_seg.parse_args(["--transfer_set", str(transfer_set), "--crop", "48",
-                                          "--batch_size", "2"])
+        args = vanilla_kd_seg.parse_args(
+            ["--transfer_set", str(transfer_set), "--crop", "48", "--batch_size", "2"]
+        )
         seen = list(vanilla_kd_seg.transfer_batches(args, data, images, transform, "cpu"))
         assert len(seen) == 2 and all(x.shape == (2, 3, 48, 48) for x in seen)
         return torch.cat(seen)
@@ -91,12 +94,12 @@ def test_what_the_networks_see(root):
     x = batches("noise")
     assert x.mean().abs() < 0.05 and (x.std() - 1).abs() < 0.05
     split, _ = get_wild(str(root / "other"), root, 48, 3)
-    sides = torch.cat([batches(root / "other", images)[:, 0, 0, [0, -1]]
-                       for images in (split, split.decode())])
+    sides = torch.cat(
+        [batches(root / "other", images)[:, 0, 0, [0, -1]] for images in (split, split.decode())]
+    )
     dark = sides == -1
     assert (dark.sum(1) == 1).all() and dark.any(0).all()  # mirrored or not
-    assert torch.allclose(sides[:4][~dark[:4]].sort().values,
-                          torch.tensor([50, 100, 150, 200]) / 127.5 - 1)
+    assert torch.allclose(sides[:4][~dark[:4]].sort().values, torch.tensor([50, 100, 150, 200]) / 127.5 - 1)
 
 
 @pytest.mark.parametrize("kind", ["original", "noise", "other"])
@@ -118,24 +121,26 @@ def test_resume_is_bit_identical(kind, root, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             play(vanilla_kd_seg, root, *flags, "--tag", "again")
     play(vanilla_kd_seg, root, *flags, "--tag", "again", "--resume")
-    whole, resumed = (checkpoint.read(root / "runs" / f"{NAME}-{kind}{tag}" / "last.pt")
-                      for tag in ("", "-again"))
+    whole, resumed = (
+        checkpoint.read(root / "runs" / f"{NAME}-{kind}{tag}" / "last.pt") for tag in ("", "-again")
+    )
     assert whole["epoch"] == resumed["epoch"] == 1
     assert all(torch.equal(v, resumed["state_dict"][k]) for k, v in whole["state_dict"].items())
     assert torch.equal(whole["run"]["rng"]["cpu"], resumed["run"]["rng"]["cpu"])
 
 
 def test_what_ends_in_one_line(root, refused):
-    where = (*TINY, "--data_root", root, "--out", root / "runs", "--checkpoints",
-             root / "checkpoints")
+    where = (*TINY, "--data_root", root, "--out", root / "runs", "--checkpoints", root / "checkpoints")
     quick = (*QUICK, *where)
     checkpoint.save(get_segmenter("deeplabv3_mobilenet", 13).state_dict(), root / "wrong.pt")
     write(root / "broken" / "0.png", np.zeros((40, 40)))
     (root / "broken" / "1.png").write_bytes(b"nothing")
     (root / "empty").mkdir()
     for flags, words in (
-        ((*quick, "--teacher", "deeplabv3_mobilenet"),
-         "teacher_train_seg.py --dataset camvid --model deeplabv3_mobilenet"),
+        (
+            (*quick, "--teacher", "deeplabv3_mobilenet"),
+            "teacher_train_seg.py --dataset camvid --model deeplabv3_mobilenet",
+        ),
         ((*quick, "--teacher_ckpt", root / "wrong.pt"), "13 classes, the data set 11"),
         ((*quick, "--teacher_ckpt", root / "no.pt"), "no.pt does not exist"),
         ((*quick, "--transfer_set", root / "none"), "does not exist: name a folder"),

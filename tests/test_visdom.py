@@ -36,18 +36,27 @@ class Server:
     """A visdom server in its own process, without the web page's scripts, which it downloads."""
 
     # It has no use for torch, whose import takes seconds.
-    CODE = ("import sys; sys.modules['torch'] = None; "
-            "from visdom.server.run_server import main; main()")
+    CODE = "import sys; sys.modules['torch'] = None; from visdom.server.run_server import main; main()"
 
     def __init__(self, folder):
         self.folder, self.port = folder, free_port()
 
     def start(self):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", self.CODE, "-port", str(self.port), "-env_path",
-             str(self.folder), "-bind_local"],
+            [
+                sys.executable,
+                "-c",
+                self.CODE,
+                "-port",
+                str(self.port),
+                "-env_path",
+                str(self.folder),
+                "-bind_local",
+            ],
             env={**os.environ, "HOME": str(self.folder)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         end = time.monotonic() + 60
         while time.monotonic() < end:
             assert self.process.poll() is None, "the server ended at once"
@@ -94,9 +103,25 @@ def environment(folder):
 
 def train(out, port, tag, *argv):
     """A short run of teacher_train.py; returns its folder."""
-    teacher_train.main(teacher_train.parse_args(
-        ["--dataset", "digits", "--batch_size", "256", "--out", str(out), "--checkpoints",
-         str(out), "--visdom", str(port), "--tag", tag, *argv]))
+    teacher_train.main(
+        teacher_train.parse_args(
+            [
+                "--dataset",
+                "digits",
+                "--batch_size",
+                "256",
+                "--out",
+                str(out),
+                "--checkpoints",
+                str(out),
+                "--visdom",
+                str(port),
+                "--tag",
+                tag,
+                *argv,
+            ]
+        )
+    )
     return out / f"teacher_train-digits-lenet5-{tag}"
 
 
@@ -124,13 +149,28 @@ def test_curves_and_images(server, checkpoints, tmp_path, monkeypatch):
     # Proxies know another localhost: the client has to leave this one alone.
     with monkeypatch.context() as patch:
         patch.setenv("http_proxy", "http://127.0.0.1:9")
-        DAFL_train.main(DAFL_train.parse_args(
-            ["--checkpoints", str(checkpoints), "--out", str(tmp_path), "--n_epochs", "2",
-             "--iterations", "2", "--batch_size", "16", "--sample_every", "1",
-             "--visdom", str(server.port)]))
+        DAFL_train.main(
+            DAFL_train.parse_args(
+                [
+                    "--checkpoints",
+                    str(checkpoints),
+                    "--out",
+                    str(tmp_path),
+                    "--n_epochs",
+                    "2",
+                    "--iterations",
+                    "2",
+                    "--batch_size",
+                    "16",
+                    "--sample_every",
+                    "1",
+                    "--visdom",
+                    str(server.port),
+                ]
+            )
+        )
     folder = tmp_path / "DAFL_train-digits-lenet5-lenet5_half"
-    assert f"localhost:{server.port}/env/{environment(folder)}\n" in (
-        folder / "log.txt").read_text()
+    assert f"localhost:{server.port}/env/{environment(folder)}\n" in (folder / "log.txt").read_text()
     windows = server.windows(folder)
     losses = {"loss_oh", "loss_a", "loss_ie", "loss_G", "loss_kd"}
     assert set(windows) == {"accuracy", "samples"} | losses

@@ -23,8 +23,7 @@ class Synthesizer:
     pooled = True  # whether images are kept
     published_T = None  # the temperature that the published code distils at, whatever it is told
 
-    def __init__(self, teacher, student, generator, transform, shape, num_classes, runtime, pool,
-                 **settings):
+    def __init__(self, teacher, student, generator, transform, shape, num_classes, runtime, pool, **settings):
         self.teacher, self.student, self.generator = teacher, student, generator
         self.transform, self.shape, self.num_classes = transform, shape, num_classes
         self.runtime, self.pool = runtime, pool
@@ -37,8 +36,7 @@ class Synthesizer:
         return self.generator.latents(self.synthesis_batch_size, device=self.runtime.device)
 
     def targets(self):
-        return torch.randint(self.num_classes, (self.synthesis_batch_size,),
-                             device=self.runtime.device)
+        return torch.randint(self.num_classes, (self.synthesis_batch_size,), device=self.runtime.device)
 
     def sample(self, n, batch_size):
         """n batches of normalised images (batch_size, C, H, W), augmented, from the pool."""
@@ -75,8 +73,7 @@ class Synthesizer:
 
     def weigh(self, losses):
         """The sum of the losses by their weights: the settings of the same name."""
-        return sum(getattr(self, name.removeprefix("loss_")) * value
-                   for name, value in losses.items())
+        return sum(getattr(self, name.removeprefix("loss_")) * value for name, value in losses.items())
 
 
 class Best:
@@ -92,14 +89,14 @@ class Best:
             return
         better = loss < self.loss
         self.loss = torch.where(better, loss, self.loss)
-        self.tensors = [torch.where(better, new, old)
-                        for new, old in zip(tensors, self.tensors, strict=True)]
+        self.tensors = [torch.where(better, new, old) for new, old in zip(tensors, self.tensors, strict=True)]
 
 
 def adam(*groups):
     """The inner optimiser of all families: groups of (parameters, lr), betas 0.5 and 0.999."""
-    return torch.optim.Adam([{"params": list(p), "lr": lr} for p, lr in groups],
-                            betas=(0.5, 0.999), fused=True)
+    return torch.optim.Adam(
+        [{"params": list(p), "lr": lr} for p, lr in groups], betas=(0.5, 0.999), fused=True
+    )
 
 
 def redraw(module, gamma=1.0):

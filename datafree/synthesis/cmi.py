@@ -22,15 +22,27 @@ class CMI(Synthesizer):
     go to the pool and their features to the bank.
     """
 
-    settings = ("synthesis_batch_size", "g_steps", "lr_g", "bn", "oh", "adv", "cr", "cr_T",
-                "bank_size", "n_neg", "head_dim")
+    settings = (
+        "synthesis_batch_size",
+        "g_steps",
+        "lr_g",
+        "bn",
+        "oh",
+        "adv",
+        "cr",
+        "cr_T",
+        "bank_size",
+        "n_neg",
+        "head_dim",
+    )
 
     def __init__(self, *networks, **settings):
         super().__init__(*networks, **settings)
         width = sum(layer.num_features for layer in self.hooks.layers)
         device = self.runtime.device
-        self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(),
-                                  nn.Linear(width, self.head_dim)).to(device)
+        self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.head_dim)).to(
+            device
+        )
         self.head_optimizer = torch.optim.Adam(self.head.parameters(), self.lr_g, fused=True)
         self.bank = torch.empty(0, 2 * width, device=device)  # local half, then global half
 
@@ -83,17 +95,17 @@ class CMI(Synthesizer):
         """`n_neg` random rows of the bank, or all if there are no more."""
         if len(self.bank) <= self.n_neg:
             return self.bank
-        return self.bank[torch.randperm(len(self.bank), device=self.bank.device)[:self.n_neg]]
+        return self.bank[torch.randperm(len(self.bank), device=self.bank.device)[: self.n_neg]]
 
     def remember(self, features):
         """Append features (N, 2 D) to the bank, which forgets its oldest rows beyond bank_size."""
-        self.bank = torch.cat([self.bank, features])[-self.bank_size:]
+        self.bank = torch.cat([self.bank, features])[-self.bank_size :]
 
     @torch.no_grad()
     def start_from(self, images):
         """Fill pool and bank with images (N, C, H, W), uint8, inverted before."""
         self.pool.add(images)
-        for part in images[-self.bank_size:].split(self.synthesis_batch_size):
+        for part in images[-self.bank_size :].split(self.synthesis_batch_size):
             x = part.to(self.runtime.device).float() / 255
             halves = []
             for view in (self.strong_view, self.view):
@@ -119,8 +131,12 @@ class CMI(Synthesizer):
         return self.transform.normalize(x).contiguous(memory_format=torch.channels_last)
 
     def state_dict(self):
-        return {"generator": self.generator.state_dict(), "head": self.head.state_dict(),
-                "head_optimizer": self.head_optimizer.state_dict(), "bank": self.bank}
+        return {
+            "generator": self.generator.state_dict(),
+            "head": self.head.state_dict(),
+            "head_optimizer": self.head_optimizer.state_dict(),
+            "bank": self.bank,
+        }
 
     def load_state_dict(self, state):
         self.generator.load_state_dict(state["generator"])

@@ -20,8 +20,7 @@ class DeepInversion(Synthesizer):
     go to the pool; as published, the last do, because their "best" shares the variable's memory.
     """
 
-    settings = ("synthesis_batch_size", "g_steps", "lr_g", "bn", "oh", "adv", "tv", "l2",
-                "as_published")
+    settings = ("synthesis_batch_size", "g_steps", "lr_g", "bn", "oh", "adv", "tv", "l2", "as_published")
 
     def __init__(self, *networks, **settings):
         super().__init__(*networks, **settings)

@@ -22,8 +22,21 @@ class Fast(Synthesizer):
     difference between it and the copy's end). Without `meta` it takes the steps itself.
     """
 
-    settings = ("synthesis_batch_size", "g_steps", "lr_g", "lr_z", "bn", "oh", "adv", "bn_mmt",
-                "meta", "is_maml", "reset_l0", "reset_bn", "as_published")
+    settings = (
+        "synthesis_batch_size",
+        "g_steps",
+        "lr_g",
+        "lr_z",
+        "bn",
+        "oh",
+        "adv",
+        "bn_mmt",
+        "meta",
+        "is_maml",
+        "reset_l0",
+        "reset_bn",
+        "as_published",
+    )
     reptile_factor = 67
 
     def __init__(self, *networks, **settings):
@@ -67,8 +80,10 @@ class Fast(Synthesizer):
             self.hooks.update()
         if self.meta and not self.is_maml:
             with torch.no_grad():
-                self._meta_step(meta_weights, [self.reptile_factor * (m - p) for m, p in
-                                               zip(meta_weights, weights, strict=True)])
+                self._meta_step(
+                    meta_weights,
+                    [self.reptile_factor * (m - p) for m, p in zip(meta_weights, weights, strict=True)],
+                )
         self.best_loss, (images,) = best.loss, best.tensors
         self.pool.add(images)
         return {k: v.detach() for k, v in losses.items()}
@@ -94,8 +109,11 @@ class Fast(Synthesizer):
                 redraw(norm)
 
     def state_dict(self):
-        return {"generator": self.generator.state_dict(), "hooks": self.hooks.state_dict(),
-                "meta_optimizer": self.meta_optimizer.state_dict() if self.meta else None}
+        return {
+            "generator": self.generator.state_dict(),
+            "hooks": self.hooks.state_dict(),
+            "meta_optimizer": self.meta_optimizer.state_dict() if self.meta else None,
+        }
 
     def load_state_dict(self, state):
         self.generator.load_state_dict(state["generator"])

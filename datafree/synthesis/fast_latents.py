@@ -17,8 +17,19 @@ class FastLatents(Fast):
     In the published code latents and copy share their memory, so that this difference is 0.
     """
 
-    settings = ("synthesis_batch_size", "g_steps", "lr_g", "lr_z", "meta_lr_g", "meta_lr_z",
-                "z_rounds", "reptile_factor", "bn", "oh", "adv")
+    settings = (
+        "synthesis_batch_size",
+        "g_steps",
+        "lr_g",
+        "lr_z",
+        "meta_lr_g",
+        "meta_lr_z",
+        "z_rounds",
+        "reptile_factor",
+        "bn",
+        "oh",
+        "adv",
+    )
     meta, is_maml = True, 0
 
     def __init__(self, *networks, **settings):
@@ -42,8 +53,11 @@ class FastLatents(Fast):
         return losses
 
     def state_dict(self):
-        return super().state_dict() | {"z": self.z, "z_optimizer": self.z_optimizer.state_dict(),
-                                       "rounds": self.rounds}
+        return super().state_dict() | {
+            "z": self.z,
+            "z_optimizer": self.z_optimizer.state_dict(),
+            "rounds": self.rounds,
+        }
 
     def load_state_dict(self, state):
         super().load_state_dict(state)

@@ -4,14 +4,7 @@ import math
 
 import torch
 
-from datafree.losses import (
-    activation_loss,
-    information_entropy_loss,
-    kd_loss,
-    l1_loss,
-    one_hot_loss,
-    wide,
-)
+from datafree.losses import activation_loss, information_entropy_loss, kd_loss, l1_loss, one_hot_loss, wide
 
 from .base import Synthesizer, adam
 
@@ -27,8 +20,18 @@ class Generative(Synthesizer):
     `as_published` that is so here.
     """
 
-    settings = ("synthesis_batch_size", "g_steps", "lr_g", "bn", "oh", "act", "adv", "balance",
-                "criterion", "as_published")
+    settings = (
+        "synthesis_batch_size",
+        "g_steps",
+        "lr_g",
+        "bn",
+        "oh",
+        "act",
+        "adv",
+        "balance",
+        "criterion",
+        "as_published",
+    )
     pooled = False
     published_T = 1.0
 
@@ -95,8 +98,7 @@ class Generative(Synthesizer):
         return x
 
     def state_dict(self):
-        return {"generator": self.generator.state_dict(),
-                "optimizer": self.optimizer.state_dict()}
+        return {"generator": self.generator.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state):
         self.generator.load_state_dict(state["generator"])

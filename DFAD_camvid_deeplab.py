@@ -3,49 +3,56 @@
     python teacher_train_seg.py --dataset camvid
     python DFAD_camvid_deeplab.py --scheduler --save_img 10
 
-Student S and generator G play a min-max game over the distance to the teacher T:
+The algorithm is in DFAD_cifar.py, but here the generator plays in log space:
 
     k times:  min_S  E_z |T(G(z)) - S(G(z))|                  the student imitates,
     once:     max_G  log(1 + E_z |T(G(z)) - S(G(z))|)         the generator looks for more,
 
-means over batch, classes and pixels, each step on fresh z ~ N(0, I). An epoch is --epoch_itrs
-iterations, then a test on the whole test images (short side 256). Published settings, the defaults:
+means over batch, classes and pixels. A test is on the whole test images (short side 256). Published
+settings, the defaults:
 {presets}
-
-Differences from the published code: with --scheduler the learning rates fall in the epoch that is
-named, not one earlier, and at fractions of --n_epochs.
 """
 
-from data import DataError, get_segmentation
-from datafree.adversarial import distil_segmenter, parse_segmenter
-from datafree.runtime import cli
-from models import SEGMENTERS, get_generator, get_segmenter
+from collections.abc import Mapping
 
-PRESET = dict(
-    dataset="camvid",
-    teacher="deeplabv3_resnet50",
-    student="deeplabv3_mobilenet",
-    batch_size=64,
-    n_epochs=300,
-    epoch_itrs=50,
-    k=5,
-    lr_S=0.1,
-    lr_G=1e-3,
-    optimizer_G="adam",
-    weight_decay=5e-4,
-    nz=256,
-    milestones=[1 / 3, 2 / 3],
-)
+import DFAD_cifar
+import papers
+from datafree.cli import Parser, cli, describe_presets, number
+from datafree.plots import side_by_side
+from datafree.session import Session
+from models import SEGMENTERS
+
+# fmt: off
+PRESET = dict(dataset="camvid", teacher="deeplabv3_resnet50", student="deeplabv3_mobilenet", batch_size=64,
+              n_epochs=300, epoch_itrs=50, k=5, lr_S=0.1, lr_G=1e-3, optimizer_G="adam", weight_decay=5e-4, nz=256,
+              milestones=[1 / 3, 2 / 3], img_size=128)
+# fmt: on
 
 
-def parse_args(argv=None):
-    return parse_segmenter(argv, __doc__, PRESET, SEGMENTERS)
+def parse_args(argv=None, script: str = __file__, card: str = __doc__, preset: Mapping = PRESET):
+    """The command line; DFAD_nyu_deeplab.py gives its own file, docstring and preset."""
+    p = Parser(script, card.format(presets=describe_presets({preset["dataset"]: preset})), paper="dfad")
+    p.set_defaults(dataset=preset["dataset"])
+    p.add_networks(SEGMENTERS)
+    DFAD_cifar.add_flags(p)
+    p.add_argument("--img_size", type=number(int, 16), help="side of the generated images (default: see above)")
+    text = "at the end write N test images (all without a number) beside ground truth, teacher's and student's classes"
+    p.add_argument("--save_img", type=number(int, 0), nargs="?", const=10**9, default=0, metavar="N", help=text)
+    p.add_run()
+    return p.complete(p.parse_args(argv), preset)
 
 
 def main(args):
     """Distil or evaluate; returns the content of result.json."""
-    return distil_segmenter(args, "DFAD_camvid_deeplab", get_segmentation, get_segmenter, get_generator)
+    s = Session(args, papers.published(args), segmentation=True)
+    if s.result:
+        return s.result
+    images = DFAD_cifar.train(s, s.generator("generator_b", args.nz, args.img_size), shown=16, log_space=True)
+    if args.save_img:
+        networks = {"teacher": s.folded_teacher, "student": s.student}
+        side_by_side(s.run.folder / "samples", networks, s.data, s.transform, s.runtime, args.save_img)
+    return s.finish(method="DFAD", generated_images=images)
 
 
 if __name__ == "__main__":
-    cli(main, parse_args, DataError)
+    cli(main, parse_args)

@@ -15,42 +15,188 @@ means over batch and logits, each step on fresh z ~ N(0, I). An epoch is --epoch
 then a test. Published settings; the defaults of these flags are the data set's:
 {presets}
 
---variant mmrazor is MMRazor's setting: batches of 8 x 32, the generator by AdamW, --scheduler on.
+--variant mmrazor is MMRazor's setting: batches of 8 x 32, the generator by AdamW (weight decay
+0.01), --scheduler on.
 
 Differences from the published code: with --scheduler the learning rates fall in the epoch that is
-named, not one earlier, and at fractions of --n_epochs. The normalisation is the teacher's.
+named, not one earlier, and at fractions of --n_epochs. The normalisation is the teacher's. MMRazor's
+batch norms see the 32 images of a GPU; and there the generator's backward pass leaves its gradient
+in the student, which the next student step adds to its own although it is to do the opposite: not
+here, but with --keep_student_gradient, except over the end of an epoch.
 """
 
-from data import DataError, get_dataset
-from datafree.adversarial import distil_classifier, parse_classifier
-from datafree.runtime import cli
-from models import MODELS, agree_on_size, get_generator, get_model
+from argparse import Namespace
+from collections.abc import Callable, Mapping
 
-CIFAR = dict(
-    teacher="resnet34",
-    student="resnet18",
-    batch_size=256,
-    n_epochs=500,
-    epoch_itrs=50,
-    k=5,
-    lr_S=0.1,
-    lr_G=1e-3,
-    optimizer_G="adam",
-    weight_decay=5e-4,
-    nz=256,
-    milestones=[0.2, 0.4],
-)
-PRESETS = {"cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR, "folder": CIFAR}
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+import papers
+from data import preset_of
+from datafree.cli import Parser, cli, count, describe_presets
+from datafree.losses import l1_loss
+from datafree.runtime import lr_at, make_optimizer, set_lr
+from datafree.session import Session
 
-def parse_args(argv=None):
-    return parse_classifier(argv, __doc__, PRESETS, MODELS, agree_on_size)
+# fmt: off
+CIFAR = dict(teacher="resnet34", student="resnet18", batch_size=256, n_epochs=500, epoch_itrs=50, k=5, lr_S=0.1,
+             lr_G=1e-3, optimizer_G="adam", weight_decay=5e-4, nz=256, milestones=[0.2, 0.4])
+# 8 x 32 images; both learning rates x 0.1 at iterations 5000 and 10 000 of 25 000
+MMRAZOR = dict(batch_size=256, n_epochs=500, optimizer_G="adamw", lr_G=1e-3, milestones=[0.2, 0.4], scheduler=True)
+# fmt: on
+PRESETS = {"cifar10": CIFAR, "folder": CIFAR}
 
 
-def main(args):
-    """Distil or evaluate; returns the content of result.json."""
-    return distil_classifier(args, "DFAD_cifar", "generator_a", get_dataset, get_model, get_generator)
+def parse_args(argv=None, script: str = __file__, card: str = __doc__, presets: Mapping[str, dict] = PRESETS):
+    """The command line; the doors to this script give their own file, docstring and presets, the default first."""
+    p = Parser(script, card.format(presets=describe_presets(presets)), paper="dfad")
+    p.add_dataset(default=next(iter(presets)))
+    p.add_networks()
+    p.add_argument(
+        "--variant", choices=("dfad", "mmrazor"), default="dfad", help="whose setting (default: %(default)s)"
+    )
+    add_flags(p)
+    p.add_run()
+    args = p.parse_args(argv)
+    first = next(iter(presets.values()))
+    preset = preset_of(args.dataset, {"folder": first} | presets) | (MMRAZOR if args.variant == "mmrazor" else {})
+    args.scheduler |= args.variant == "mmrazor"
+    return p.complete(args, preset)
+
+
+def add_flags(p: Parser) -> None:
+    """The flags of the published scripts."""
+    p.add_recipe(
+        batch_size="images of a step",
+        n_epochs="epochs of --epoch_itrs",
+        epoch_itrs="iterations of an epoch",
+        k="student steps of an iteration",
+        lr_S="learning rate of the student (SGD, momentum 0.9)",
+        weight_decay="of the student",
+        optimizer_G="of the generator",
+        lr_G="learning rate of the generator",
+        nz="length of z",
+        milestones="with --scheduler: both learning rates x 0.1 at these fractions of the epochs",
+    )
+    p.add_argument("--scheduler", action="store_true", help="let both learning rates fall")
+    p.add_argument("--step_size", type=count, metavar="N", help="with --scheduler: x 0.1 every N epochs instead")
+    p.add_argument(
+        "--keep_student_gradient", action="store_true", help="as MMRazor, see above (default: it is cleared)"
+    )
+
+
+def student_step(
+    z: Tensor, generator: nn.Module, teacher: nn.Module, student: nn.Module, optimizer_S: Optimizer, autocast: Callable
+) -> Tensor:
+    """The student imitates: min_S E_z |T(G(z)) - S(G(z))|. Returns the loss (0-d) before the update.
+
+    Args:
+        z: latents (N, nz). generator, student: in train mode. teacher: in eval mode, frozen.
+        autocast: the precision's context; the losses are computed outside it.
+    """
+    with autocast():
+        with torch.no_grad():
+            x = generator(z)
+            t_logits = teacher(x)
+        s_logits = student(x)
+    loss_S = l1_loss(s_logits, t_logits)
+    loss_S.backward()
+    optimizer_S.step()
+    optimizer_S.zero_grad()  # after the step: what a generator's step left is still part of it
+    return loss_S.detach()
+
+
+def generator_step(
+    z: Tensor,
+    generator: nn.Module,
+    teacher: nn.Module,
+    student: nn.Module,
+    optimizer_G: Optimizer,
+    autocast: Callable,
+    log_space: bool = False,
+    keep_student_gradient: bool = False,
+) -> Tensor:
+    """The generator looks for what the student cannot do yet: max_G E_z |T(G(z)) - S(G(z))|.
+
+    Args:
+        log_space: maximise log(1 + it) instead, as for segmentation. The rest: see `student_step`.
+    """
+    student.requires_grad_(keep_student_gradient)
+    with autocast():
+        x = generator(z)
+        t_logits, s_logits = teacher(x), student(x)
+    loss_G = -l1_loss(s_logits, t_logits)
+    if log_space:
+        loss_G = -(1 - loss_G).log()
+    optimizer_G.zero_grad()
+    loss_G.backward()
+    optimizer_G.step()
+    student.requires_grad_(True)
+    return loss_G.detach()
+
+
+def lr_fall(epoch: int, args: Namespace) -> float:
+    """What --scheduler multiplies both learning rates by in an epoch (from 0)."""
+    if not args.scheduler:
+        return 1.0
+    if args.step_size:
+        return 0.1 ** (epoch // args.step_size)
+    return lr_at(epoch, 1.0, args.n_epochs, args.milestones)
+
+
+def train_epoch(
+    epoch: int,
+    s: Session,
+    generator: nn.Module,
+    optimizer_S: Optimizer,
+    optimizer_G: Optimizer,
+    log_space: bool = False,
+) -> dict[str, Tensor]:
+    """args.epoch_itrs iterations; returns the mean of both losses. As published, S stays in train mode throughout."""
+    args, autocast = s.args, s.runtime.autocast
+    networks = generator.train(), s.folded_teacher, s.student.train()
+    set_lr(optimizer_S, args.lr_S * lr_fall(epoch, args))
+    set_lr(optimizer_G, args.lr_G * lr_fall(epoch, args))
+    total_S = total_G = 0.0
+    for _ in range(args.epoch_itrs):
+        for _ in range(args.k):
+            z = generator.latents(args.batch_size, device=s.runtime.device)
+            loss_S = student_step(z, *networks, optimizer_S, autocast)
+            total_S += loss_S / args.k
+            s.run.tick(loss_S)
+        z = generator.latents(args.batch_size, device=s.runtime.device)
+        total_G += generator_step(z, *networks, optimizer_G, autocast, log_space, args.keep_student_gradient)
+        s.run.tick(loss_S)
+    optimizer_S.zero_grad()  # a checkpoint holds no gradients, and a resumed run is to be the same
+    return {"loss_S": total_S / args.epoch_itrs, "loss_G": total_G / args.epoch_itrs}
+
+
+def train(s: Session, generator: nn.Module, shown: int = 64, log_space: bool = False) -> int:
+    """All epochs, tests and record included; returns the number of images that were generated.
+
+    Args:
+        shown: images of a grid. log_space: see `generator_step`.
+    """
+    args = s.args
+    z_shown = generator.latents(shown, device=s.runtime.device)
+    optimizer_S = make_optimizer("sgd", s.student.parameters(), args.lr_S, args.weight_decay)
+    optimizer_G = make_optimizer(args.optimizer_G, generator.parameters(), args.lr_G)
+    states = dict(student=s.student, generator=generator, optimizer_S=optimizer_S, optimizer_G=optimizer_G)
+    steps = args.epoch_itrs * (args.k + 1)
+    for epoch in s.epochs(steps, args.batch_size, **states):
+        losses = train_epoch(epoch, s, generator, optimizer_S, optimizer_G, log_space)
+        s.record(losses, pictures=lambda: s.transform.denormalize(s.sample(generator, z_shown)))
+    return args.n_epochs * steps * args.batch_size
+
+
+def main(args, generator: str = "generator_a"):
+    """Distil or evaluate; returns the content of result.json. `generator`: registry name."""
+    s = Session(args, papers.published(args))
+    if s.result:
+        return s.result
+    return s.finish(method="DFAD", generated_images=train(s, s.generator(generator, args.nz)))
 
 
 if __name__ == "__main__":
-    cli(main, parse_args, DataError)
+    cli(main, parse_args)

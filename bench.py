@@ -29,6 +29,7 @@ import tempfile
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -41,84 +42,71 @@ import datafree_kd
 import DFAD_cifar
 import DFAD_mnist
 from data import SOURCES
-from datafree import adversarial
 from datafree.augment import Transform
+from datafree.cli import Parser, batch, cli, count, number
 from datafree.fold import fold_batch_norm
 from datafree.losses import activation_loss, information_entropy_loss, kd_loss, one_hot_loss
 from datafree.pool import ImagePool
-from datafree.runtime import (
-    Parser,
-    Runtime,
-    add_device_arguments,
-    cli,
-    device_name,
-    keep_memory,
-    make_optimizer,
-    number,
-    setup,
-)
+from datafree.runtime import Runtime, device_name, keep_memory, make_optimizer, setup
 from datafree.synthesis import Fast
 from models import get_generator, get_model, set_folded
 
-CIFAR10 = SOURCES["cifar10"]
-
-# Batch and channels; the rest is the script's.
-SETTINGS = {
-    "mnist": (512, 1),
-    "cifar10": (256, 3),
-    "dfad_mnist": (512, 1),
-    "dfad_cifar": (256, 3),
-    "fast_wrn": (256, 3),
-    "fast_resnet": (256, 3),
-}
-PAIRS = {"fast_wrn": ("wrn40_2", "wrn16_1"), "fast_resnet": ("resnet34", "resnet18")}
 POOL = 10240  # images in the pool of fast_meta: a run's has 256 to 56,320
 WAYS = ("published", "ours")
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__)
+    p = Parser(__file__, __doc__)
     p.add_argument("--setting", choices=SETTINGS, default="mnist", help="(default: %(default)s)")
-    p.add_argument("--batch_size", type=number(int, 2), help="(default: 512 for LeNet-5, else 256)")
-    p.add_argument(
-        "--steps",
-        type=number(int, 1),
-        default=4,
-        help="steps of a block; of rounds one (default: %(default)s)",
-    )
-    p.add_argument(
-        "--repeats", type=number(int, 2), default=5, help="blocks of each way (default: %(default)s)"
-    )
+    p.add_argument("--batch_size", type=batch, help="(default: 512 for LeNet-5, else 256)")
+    text = "steps of a block; of rounds one (default: %(default)s)"
+    p.add_argument("--steps", type=count, default=4, help=text)
+    p.add_argument("--repeats", type=number(int, 2), default=5, help="blocks of each way (default: %(default)s)")
     p.add_argument("--json", metavar="FILE", help="write the figures there too")
-    add_device_arguments(p)
+    p.add_device()
     args = p.parse_args(argv)
-    args.batch_size = args.batch_size or SETTINGS[args.setting][0]
+    args.batch_size = args.batch_size or (512 if args.setting.endswith("mnist") else 256)
     return args
 
 
 class Way:
-    """The networks, optimisers and precision of one way, and its steps."""
+    """The networks and optimisers of one way; to the scripts' functions it is a session.
 
-    def __init__(self, name, args, runtime):
+    Args:
+        name: "published" or "ours". args: of the command line. runtime: of ours.
+        script, flags: whose settings it has.
+    """
+
+    network = "dafl"  # the generator
+
+    def __init__(self, name: str, args, runtime: Runtime, script, *flags):
         self.ours = name == "ours"
         if runtime.device.type == "cpu":
             keep_memory(self.ours)
-        self.device, self.batch_size = runtime.device, args.batch_size
         self.runtime = runtime if self.ours else Runtime(runtime.device, "fp32")
-        self.args = DAFL_train.parse_args(["--dataset", args.setting])
+        self.device, self.batch_size = runtime.device, args.batch_size
+        self.args = script.parse_args([*flags, "--batch_size", args.batch_size])
+        self.run = SimpleNamespace(tick=lambda loss: None)
         torch.manual_seed(0)
-        channels = SETTINGS[args.setting][1]
-        self.generator = get_generator("dafl", self.args.nz, 32, channels)
-        self.teacher = get_model(self.args.teacher, 10, channels).eval().requires_grad_(False)
-        self.student = get_model(self.args.student, 10, channels)
-        set_folded(self.generator, self.ours)
+        self.channels = SOURCES[self.args.dataset].channels
+        self.generator = set_folded(get_generator(self.network, self.args.nz, 32, self.channels), self.ours)
+        self.teacher = get_model(self.args.teacher, 10, self.channels).eval().requires_grad_(False)
+        self.student = get_model(self.args.student, 10, self.channels)
         for network in (self.generator, self.teacher, self.student):
             network.to(self.device)
             if self.ours:
                 self.runtime.place(network)
+        self.folded_teacher = fold_batch_norm(self.teacher) if self.ours else self.teacher
+
+
+class DaflWay(Way):
+    """DAFL."""
+
+    def __init__(self, name, args, runtime):
+        super().__init__(name, args, runtime, DAFL_train, "--dataset", args.setting)
         self.optimizer_G = make_optimizer("adam", self.generator.parameters(), 1e-3)
         self.optimizer_S = make_optimizer("adam", self.student.parameters(), 1e-3)
-        self.x = torch.randn(self.batch_size, channels, 32, 32, device=self.device)
+        self.x = torch.randn(self.batch_size, self.channels, 32, 32, device=self.device)
         if self.ours:
             self.x = self.x.contiguous(memory_format=torch.channels_last)
 
@@ -129,11 +117,7 @@ class Way:
         """Generator and teacher: L_G alone."""
         with self.runtime.autocast():
             t_logits, t_features = self.teacher(self.generator(self.latents()), return_features=True)
-        loss = (
-            one_hot_loss(t_logits)
-            + 0.1 * activation_loss(t_features)
-            + 5 * information_entropy_loss(t_logits)
-        )
+        loss = one_hot_loss(t_logits) + 0.1 * activation_loss(t_features) + 5 * information_entropy_loss(t_logits)
         self.optimizer_G.zero_grad()
         loss.backward()
         self.optimizer_G.step()
@@ -151,54 +135,29 @@ class Way:
 
     def whole_step(self):
         """An iteration of DAFL_train.py."""
-        DAFL_train.distill_step(
-            self.latents(),
-            self.generator,
-            self.teacher,
-            self.student,
-            self.optimizer_G,
-            self.optimizer_S,
-            self.args,
-            self.runtime.autocast,
-        )
+        networks = self.generator, self.teacher, self.student
+        optimizers = self.optimizer_G, self.optimizer_S
+        DAFL_train.distill_step(self.latents(), *networks, *optimizers, self.args, self.runtime.autocast)
+
+    steps = {"generator + teacher": generator_step, "student": student_step, "whole DAFL step": whole_step}
 
 
-class DfadWay:
-    """The same for DFAD."""
+class DfadWay(Way):
+    """DFAD."""
+
+    network = "generator_a"
 
     def __init__(self, name, args, runtime):
-        ours = name == "ours"
-        if runtime.device.type == "cpu":
-            keep_memory(ours)
-        self.runtime = runtime if ours else Runtime(runtime.device, "fp32")
         script = DFAD_mnist if args.setting == "dfad_mnist" else DFAD_cifar
-        self.args = script.parse_args(["--batch_size", str(args.batch_size), "--epoch_itrs", "1"])
-        torch.manual_seed(0)
-        channels = SETTINGS[args.setting][1]
-        self.generator = set_folded(get_generator("generator_a", self.args.nz, 32, channels), ours)
-        teacher = get_model(self.args.teacher, 10, channels).eval().requires_grad_(False)
-        self.student = get_model(self.args.student, 10, channels)
-        self.teacher = fold_batch_norm(teacher) if ours else teacher
-        for network in (self.generator, self.teacher, self.student):
-            network.to(runtime.device)
-            if ours:
-                self.runtime.place(network)
+        super().__init__(name, args, runtime, script, "--epoch_itrs", 1)
         self.optimizer_S = make_optimizer("sgd", self.student.parameters(), self.args.lr_S, 5e-4)
         self.optimizer_G = make_optimizer("adam", self.generator.parameters(), self.args.lr_G)
 
     def iteration(self):
         """Five student steps and one of the generator."""
-        adversarial.train_epoch(
-            0,
-            self.generator,
-            self.teacher,
-            self.student,
-            self.optimizer_S,
-            self.optimizer_G,
-            self.args,
-            self.runtime,
-            lambda loss: None,
-        )
+        DFAD_cifar.train_epoch(0, self, self.generator, self.optimizer_S, self.optimizer_G)
+
+    steps = {"DFAD iteration": iteration}
 
 
 class PngPool:
@@ -231,116 +190,59 @@ class PngPool:
 
     def sample(self, batch_size, device):
         while True:
-            for x in DataLoader(
-                self, batch_size, shuffle=True, num_workers=4, pin_memory=device.type == "cuda"
-            ):
+            for x in DataLoader(self, batch_size, shuffle=True, num_workers=4, pin_memory=device.type == "cuda"):
                 yield x.to(device)
 
 
-class FastWay:
-    """The same for fast_meta."""
+class FastWay(Way):
+    """fast_meta."""
+
+    network = "fast"
 
     def __init__(self, name, args, runtime):
-        ours = name == "ours"
-        if runtime.device.type == "cpu":
-            keep_memory(ours)
-        self.runtime = runtime if ours else Runtime(runtime.device, "fp32")
         teacher, student = PAIRS[args.setting]
-        self.args = datafree_kd.parse_args(
-            [
-                "--dataset",
-                "cifar10",
-                "--method",
-                "fast_meta",
-                "--teacher",
-                teacher,
-                "--student",
-                student,
-                "--g_steps",
-                "2",
-                "--synthesis_batch_size",
-                str(args.batch_size),
-                "--kd_steps",
-                "1",
-            ]
-        )
-        torch.manual_seed(0)
-        self.teacher = get_model(teacher).eval().requires_grad_(False)
-        self.student = get_model(student)
-        generator = set_folded(get_generator("fast", self.args.nz), ours)
-        for network in (self.teacher, self.student, generator):
-            network.to(runtime.device)
-            if ours:
-                self.runtime.place(network)
-        transform = Transform(CIFAR10.mean, CIFAR10.std, padding=4, flip=True)
-        pool = ImagePool((3, 32, 32), runtime.device, "unsaved") if ours else PngPool(transform)
-        pool.add(torch.rand(POOL, 3, 32, 32))
-        self.synthesizer = Fast(
-            self.teacher,
-            self.student,
-            generator,
-            transform,
-            (3, 32, 32),
-            10,
-            self.runtime,
-            pool,
-            **{k: getattr(self.args, k) for k in Fast.settings},
-        )
-        if ours:
-            self.teacher = fold_batch_norm(self.teacher)
+        flags = ("--dataset", "cifar10", "--method", "fast_meta", "--teacher", teacher, "--student", student)
+        steps = ("--g_steps", 2, "--kd_steps", 1, "--synthesis_batch_size", args.batch_size)
+        super().__init__(name, args, runtime, datafree_kd, *flags, *steps)
+        source, shape = SOURCES["cifar10"], (3, 32, 32)
+        transform = Transform(source.mean, source.std, padding=4, flip=True)
+        pool = ImagePool(shape, self.device, "unsaved") if self.ours else PngPool(transform)
+        pool.add(torch.rand(POOL, *shape))
+        settings = {k: getattr(self.args, k) for k in Fast.settings}
+        networks = self.teacher, self.student, self.generator
+        self.synthesizer = Fast(*networks, transform, shape, 10, self.runtime, pool, **settings)
+        if self.ours:
+            self.batches = self.synthesizer.sample(10**9, args.batch_size)
         else:
+            self.batches = pool.sample(args.batch_size, self.device)
             for layer in self.synthesizer.hooks.layers:
-                layer.register_forward_pre_hook(
-                    lambda layer, x: torch.var_mean(x[0], (0, 2, 3), correction=0) and None
-                )
+                layer.register_forward_pre_hook(lambda layer, x: torch.var_mean(x[0], (0, 2, 3), correction=0) and None)
         self.optimizer = make_optimizer("sgd", self.student.parameters(), 0.1, 1e-4)
-        self.batches = (
-            self.synthesizer.sample(10**9, args.batch_size)
-            if ours
-            else pool.sample(args.batch_size, runtime.device)
-        )
 
     def synthesis_round(self):
         """A batch for the pool, as in mid-run: with the adversarial term."""
         self.student.eval().requires_grad_(False)
-        self.synthesizer.synthesize(True, lambda loss: None)
+        self.synthesizer.synthesize(True, self.run.tick)
 
     def student_step(self):
         """A batch from the pool, teacher, student and update."""
         self.student.train().requires_grad_(True)
-        datafree_kd.distill(
-            [next(self.batches)],
-            self.teacher,
-            self.student,
-            self.optimizer,
-            self.args,
-            self.runtime,
-            lambda loss: None,
-        )
+        datafree_kd.distill([next(self.batches)], self, self.optimizer)
+
+    steps = {"Fast-2 round": synthesis_round, "student step": student_step}
 
 
-DAFL_STEPS = {
-    "generator + teacher": Way.generator_step,
-    "student": Way.student_step,
-    "whole DAFL step": Way.whole_step,
-}
-DFAD_STEPS = {"DFAD iteration": DfadWay.iteration}
-FAST_STEPS = {"Fast-2 round": FastWay.synthesis_round, "student step": FastWay.student_step}
+PAIRS = {"fast_wrn": ("wrn40_2", "wrn16_1"), "fast_resnet": ("resnet34", "resnet18")}
+SETTINGS = {"mnist": DaflWay, "cifar10": DaflWay, "dfad_mnist": DfadWay, "dfad_cifar": DfadWay}
+SETTINGS |= dict.fromkeys(PAIRS, FastWay)
 
 
-def steps_of(setting):
-    """The class of a setting's ways and its steps by name."""
-    if setting in PAIRS:
-        return FastWay, FAST_STEPS
-    return (DfadWay, DFAD_STEPS) if setting.startswith("dfad") else (Way, DAFL_STEPS)
-
-
-def synchronize(device):
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def matmul_peak(runtime):
+def matmul_peak(runtime: Runtime) -> float:
     """Floating-point operations per second of a large matrix product, the best of twenty."""
     dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
     size = 2048 if runtime.device.type == "cpu" else 8192
@@ -355,18 +257,17 @@ def matmul_peak(runtime):
     return 2 * size**3 / min(seconds)
 
 
-def serve(name, args, pipe):
+def serve(name: str, args, pipe) -> None:
     """The process of one way: answers (question, label) with a number until it is told "stop"."""
     runtime = setup(args)
-    kind_of_way, steps = steps_of(args.setting)
-    way = kind_of_way(name, args, runtime)
+    way = SETTINGS[args.setting](name, args, runtime)
     kind = None
     while kind != "stop":
         try:
             kind, label = pipe.recv()
         except EOFError:  # the main process is gone
             return
-        step = steps.get(label)
+        step = way.steps.get(label)
         if kind == "peak":
             answer = matmul_peak(way.runtime)
         elif kind == "work":
@@ -412,11 +313,10 @@ def main(args):
     )
     print(
         f"{'':20} {'images/s':^21} {'':20} {'share of the peak':^21}\n"
-        f"{'':20} {'published':>10} {'ours':>10} {'ratio (min-max)':>20} {'published':>10} "
-        f"{'ours':>10}"
+        f"{'':20} {'published':>10} {'ours':>10} {'ratio (min-max)':>20} {'published':>10} {'ours':>10}"
     )
     figures = {}
-    for label in steps_of(args.setting)[1]:
+    for label in SETTINGS[args.setting].steps:
         seconds = {name: [] for name in WAYS}
         work = {name: ask[name]("work", label) for name in WAYS}  # the first calls, not counted
         for name in (*WAYS, *WAYS):

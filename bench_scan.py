@@ -25,27 +25,23 @@ from tqdm import tqdm
 import DFND_train
 from data import SOURCES, get_wild
 from datafree.augment import Transform
+from datafree.cli import Parser, cli, count
 from datafree.fold import fold_batch_norm
-from datafree.runtime import Parser, add_device_arguments, cli, device_name, number, setup
+from datafree.runtime import device_name, setup
 from models import MODELS, get_model
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__)
-    p.add_argument("--images", type=number(int, 1), default=100_000, help="(default: %(default)s)")
-    p.add_argument(
-        "--teacher",
-        choices=sorted(MODELS),
-        default="lenet5",
-        metavar="NAME",
-        help="one of " + ", ".join(sorted(MODELS)) + " (default: %(default)s)",
-    )
+    p = Parser(__file__, __doc__)
+    p.add_argument("--images", type=count, default=100_000, help="(default: %(default)s)")
+    text = f"one of {', '.join(sorted(MODELS))} (default: %(default)s)"
+    p.add_argument("--teacher", choices=sorted(MODELS), default="lenet5", metavar="NAME", help=text)
     p.add_argument("--json", metavar="FILE", help="write the figures there too")
-    add_device_arguments(p)
+    p.add_device()
     return p.parse_args(argv)
 
 
-def write_thumbnails(path, n, different=200):
+def write_thumbnails(path: Path, n: int, different: int = 200) -> None:
     """A zip of n smooth random colour images, 32x32 JPEG."""
     files = []
     coarse = torch.rand(different, 3, 8, 8)
@@ -58,7 +54,7 @@ def write_thumbnails(path, n, different=200):
             archive.writestr(f"wild/{i:08}.jpg", files[i % different])
 
 
-def peak_memory():
+def peak_memory() -> dict[str, int]:
     """Bytes: the main process's, and the largest finished worker's."""
     return {
         name: resource.getrusage(who).ru_maxrss * 1024

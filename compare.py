@@ -1,16 +1,15 @@
-"""What was measured beside what was published: writes RESULTS.md and its plots.
+"""What was measured beside what was published: RESULTS.md, results/<paper>.md, results/results.csv and plots.
 
-    python compare.py                                       # RESULTS.md, results/plots/*.png
-    python compare.py --dataset MNIST --method DAFL         # a part of it, on the screen
+    python compare.py                                       # writes all of them anew
+    python compare.py --readme                              # the verdicts in README.md
+    python compare.py --dataset MNIST --method DAFL         # a part of the full tables, on the screen
     python compare.py --format csv                          # or json
-    python compare.py --curves runs/*/metrics.csv --out curves.png      # accuracy over epochs
+    python compare.py --curves runs/*/metrics.csv --out curves.png      # scores over epochs
 
-Reads results/**/*.json, the result.json files of finished runs, and results/paper_tables.csv. A run
-belongs to a cell if it is a run of the cell's script with the flags that make the cell what it is
-(data, networks, method, steps ...: `reproduce.py` has them). Flags that differ otherwise, such as
-fewer epochs, stand beside the number. Runs that differ in their seed only are one row: mean and,
-from two on, standard deviation. Best is the best epoch on the test set, as the papers report, last
-is what one gets; "best - paper" compares the former.
+Reads results/**/*.json, the result.json files of finished runs, and the cells of papers.py, which say what makes a run
+a run of a cell. Flags that differ otherwise, such as fewer epochs, stand beside the number. Runs that differ in their
+seed only are one row: mean and, from two on, standard deviation. Best is the best epoch on the test set, as the papers
+report, last is what one gets; scores are in percent, mIoU too.
 """
 
 import ast
@@ -18,226 +17,224 @@ import csv
 import io
 import json
 import re
+import shlex
 import statistics
 import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from datafree.log import FREE_ON_RESUME, plot_accuracy
-from datafree.runtime import Parser, UsageError, cli
-from reproduce import cells
+import papers
+from datafree.cli import FREE, Parser, cli
+from datafree.errors import UsageError
+from datafree.plots import plot_accuracy
+from datafree.records import read_records
 
 ROOT = Path(__file__).resolve().parent
-# What makes a run a run of a cell; a run of an older version may lack some.
-IDENTITY = (
-    "dataset",
-    "model",
-    "recipe",
-    "pretrained",
-    "teacher",
-    "student",
-    "method",
-    "g_steps",
-    "is_maml",
-    "variant",
-    "transfer_set",
-    "scratch",
-    "alpha",
-    "beta",
-    "selection",
-)
-UNIMPORTANT = (FREE_ON_RESUME - {"n_epochs"}) | {"seed", "tag", "checkpoints", "save_img"}
-# Why cells of a data set have no run: what the machine they were made on lacks.
-MISSING = {
-    "MNIST": "not run yet",
-    "CIFAR-10": "needs a GPU",
-    "CIFAR-100": "needs a GPU and the data",
-    "CelebA": "needs the data",
-    "Caltech101": "needs a GPU and the data",
-    "CamVid": "needs a GPU",
-    "NYUv2": "needs a GPU and the data",
-    "ImageNet": "needs a GPU and the data",
-}
+MARKS = "<!-- results -->", "<!-- /results -->"
 COLUMNS = (
-    "cell",
-    "source",
-    "table",
-    "dataset",
-    "method",
-    "teacher",
-    "student",
-    "paper",
-    "paper_std",
-    "last",
-    "last_std",
-    "best",
-    "best_std",
-    "n",
-    "best_minus_paper",
-    "teacher_score",
-    "scratch_score",
-    "minutes",
-    "synthesis_minutes",
-    "hardware",
-    "differs",
-    "command",
-    "note",
+    "cell", "source", "table", "dataset", "method", "teacher", "student", "verdict", "paper", "paper_std", "last",
+    "last_std", "best", "best_std", "standard_error", "mean", "n", "best_minus_paper", "teacher_score",
+    "scratch_score", "minutes", "synthesis_minutes", "precision", "hardware", "differs", "command", "note",
+)  # fmt: skip
+RULE = (
+    f"**reproduced**: the best score of runs with the cell's own flags is at least the published one less "
+    f"{papers.MARGIN:g} point; **partly**: there are runs, but shorter or otherwise different ones, or they fall "
+    "short; **not yet**: no run."
 )
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__)
-    p.add_argument(
-        "--results",
-        default=str(ROOT / "results"),
-        metavar="DIR",
-        help="where the result files are (default: results/ beside this script)",
-    )
+    p = Parser(__file__, __doc__)
+    p.add_argument("--results", default=str(ROOT / "results"), metavar="DIR", help="where the records are "
+                   "(default: results/ beside this script)")  # fmt: skip
     p.add_argument("--dataset", help="only this data set, as the papers call it")
     p.add_argument("--method", help="only this method, as the papers call it")
     p.add_argument("--format", choices=("md", "csv", "json"), default="md", help="(default: %(default)s)")
+    p.add_argument("--out", metavar="FILE", help="where it goes; what belongs to RESULTS.md goes to results/ beside it "
+                   "(default: RESULTS.md beside this script, or the screen for a part or another format)")  # fmt: skip
     p.add_argument(
-        "--out",
-        metavar="FILE",
-        help="where it goes (default: RESULTS.md beside this "
-        "script, or the screen if a part or another format is asked for)",
+        "--readme", action="store_true", help=f"write the verdicts between {' and '.join(MARKS)} of README.md"
     )
-    p.add_argument(
-        "--curves",
-        nargs="+",
-        metavar="FILE",
-        help="draw the test accuracy of these metrics.csv files over the epochs, and nothing else",
-    )
+    p.add_argument("--curves", nargs="+", metavar="FILE", help="draw the scores of these metrics.csv files over the "
+                   "epochs, and nothing else")  # fmt: skip
     args = p.parse_args(argv)
     if args.curves and not args.out:
         p.error("--curves needs --out FILE.png")
     return args
 
 
-def read_results(folder):
-    """The content of every result file below `folder`, with its "file", sorted by it.
-
-    Raises:
-        UsageError: a file is damaged.
-    """
-    results = []
-    for path in sorted(Path(folder).rglob("*.json")):
-        try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            raise UsageError(f"{path} is damaged ({error}): delete it or copy it again") from error
-        if isinstance(content, dict) and {"last", "best", "args"} <= content.keys():
-            results.append({**content, "file": path.relative_to(folder).as_posix()})
-    return results
-
-
-def script_of(result):
-    return result["command"].split()[1]
-
-
-def belongs(result, cell, args):
-    """Whether a run made this cell, whose command has the parsed flags `args`."""
-    own = result["args"]
-    return script_of(result) == cell.script and all(
-        own[key] == args[key] for key in IDENTITY if key in own and key in args
-    )
-
-
-def differences(result, args):
-    """The flags, as text, in which a run differs from the cell's command."""
-    own = result["args"]
-    changed = {
-        k: own[k]
-        for k, v in args.items()
-        if k in own and k not in UNIMPORTANT and k not in IDENTITY and own[k] != v
-    }
-    return ", ".join(f"--{k} {v} ({args[k]})" for k, v in sorted(changed.items()))
-
-
-def mean_std(values):
-    """Mean and standard deviation (None for one value) without those that are None."""
+def mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation (None for one value) of those that are there."""
     values = [v for v in values if v is not None]
     if not values:
         return None, None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def scratch_score(results, dataset, student):
-    """The best score of the student trained on the data: mean over the runs of most epochs."""
-    runs = [
-        r
-        for r in results
-        if script_of(r).startswith("teacher_train")
-        and r["args"]["dataset"] == dataset
-        and r["args"]["model"] == student
-    ]
-    most = max((r["args"]["n_epochs"] for r in runs), default=None)
-    return mean_std([r["best"] for r in runs if r["args"]["n_epochs"] == most])[0]
+def measured(runs: Sequence[dict]) -> dict:
+    """What a row says of runs that differ in their seed only."""
+    row = {"n": len(runs)}
+    for name, key, scale in (("last", "last", 1), ("best", "best", 1), ("standard_error", "standard_error", 1),
+                             ("mean", "mean", 1), ("teacher_score", "teacher_accuracy", 1),
+                             ("minutes", "seconds", 60), ("synthesis_minutes", "synthesis_seconds", 60)):  # fmt: skip
+        mean, std = mean_std(None if (value := r.get(key)) is None else value / scale for r in runs)
+        row |= {name: mean} | ({f"{name}_std": std} if f"{name}_std" in COLUMNS else {})
+    return row | {key: ", ".join(sorted({r[key] for r in runs})) for key in ("precision", "hardware")}
 
 
-def collect(results):
-    """One record (COLUMNS) for each cell and way of running it, and the runs of no cell."""
-    records, used = [], set()
-    for cell in cells():
-        row = cell.row
-        unit = 100 if row["metric"] == "mIoU" else 1  # the table has fractions
-        paper = float(row["value"]) if re.fullmatch(r"[\d.]+", row["value"]) else None
+def collect(records: Sequence[dict]) -> tuple[list[dict], list[list[dict]]]:
+    """One row (COLUMNS) for each cell and way of running it; and the runs of no cell, those of other seeds together."""
+    rows, used = [], set()
+    for cell in papers.cells():
         common = dict.fromkeys(COLUMNS) | {
             "cell": cell.name,
-            **{k: row[k] for k in ("source", "table", "dataset", "method", "teacher", "student")},
-            "paper": row["value"] if paper is None else paper,
-            "paper_std": float(row["std"]) if row["std"] else None,
+            **{k: cell.row[k] for k in ("source", "table", "dataset", "method", "teacher", "student")},
+            "verdict": papers.verdict(cell, records) if cell.script else "no command",
+            "paper": cell.row["value"] if cell.value is None else cell.value,
+            "paper_std": float(cell.row["std"]) if cell.row["std"] else None,
             "command": cell.command,
             "n": 0,
-            "note": missing(cell),
+            "note": cell.reason,
         }
-        groups = {}
+        runs = papers.runs_of(cell, records)
+        scratch = [r for r in records if r["script"].startswith("teacher_train") and r["dataset"] == cell.dataset
+                   and r["args"]["model"] == cell.student]  # fmt: skip
+        longest = max((r["epochs"] for r in scratch), default=None)
+        for differs, own in runs.items():
+            row = common | measured(own) | {"differs": differs}
+            row["scratch_score"] = mean_std(r["best"] for r in scratch if r["epochs"] == longest)[0]
+            row["best_minus_paper"] = None if cell.value is None else row["best"] - cell.value
+            rows.append(row)
+            used |= {r["file"] for r in own}
+        if not runs:
+            rows.append(common)
+    others = {}
+    for record in records:
+        if record["file"] not in used:
+            told = {k: v for k, v in papers.flags_of(record).items() if k == "script" or k not in FREE | {"seed"}}
+            others.setdefault(json.dumps(told, sort_keys=True), []).append(record)
+    return rows, list(others.values())
+
+
+def figure_of(value: float | str | None, std: float | None = None, digits: int = 2, sign: str = "") -> str:
+    """A number for a table: '97.90 ± 0.20', or nothing."""
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else f"{value:{sign}.{digits}f}"
+    return text if std is None else f"{text} ± {std:.{digits}f}"
+
+
+def table(head: str, lines: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table; `head` has its columns' names with ' | ' between."""
+    return [f"| {head} |", "|" + "---|" * (head.count(" | ") + 1), *(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def short_command(record: dict) -> str:
+    """A run's command without the flags that do not matter, and the seed."""
+    kept, keep = [], True
+    for word in shlex.split(record["command"]):
+        if word.startswith("--"):
+            keep = word.lstrip("-").split("=")[0] not in FREE | {"seed"}
+        kept += [word] if keep else []
+    return shlex.join(kept)
+
+
+def verdicts(rows: Sequence[dict]) -> list[tuple[str, ...]]:
+    """Paper, method, data set, verdict and the number that matters; data sets without runs share a line."""
+    groups, lines = {}, {}
+    for row in rows:
+        groups.setdefault((row["source"], row["method"], row["dataset"]), {}).setdefault(row["cell"], row)
+    for (source, method, dataset), cells in groups.items():
+        found = [row["verdict"] for row in cells.values()]
+        # Of a cell's rows the first is the nearest to the published run, of the cells the one that was run.
+        row = max(cells.values(), key=lambda r: r["n"] > 0)
+        verdict = found[0] if len(set(found)) == 1 else "partly"
+        number = row["note"]
+        if row["n"]:
+            number = f"{figure_of(row['best'], row['best_std'])} / {figure_of(row['paper'])}"
+            number += f"; differs: {row['differs']}" if row["differs"] else ""
+            number += f"; {sum(r['n'] > 0 for r in cells.values())} of {len(cells)} pairs run" if len(cells) > 1 else ""
+        key = (source, method, verdict, number if not row["n"] else dataset)
+        lines.setdefault(key, ([], number))[0].append(dataset)
+    return [(source, method, ", ".join(datasets), verdict, number)
+            for (source, method, verdict, _), (datasets, number) in lines.items()]  # fmt: skip
+
+
+def markdown(rows: Sequence[dict], others: Sequence[Sequence[dict]]) -> str:
+    """RESULTS.md as text."""
+    run, every = ({r["cell"] for r in rows if r["n"] or not only} for only in (True, False))
+    lines = [
+        "# Results beside the papers'",
+        "",
+        f"Written by `python compare.py` from the records under `results/`: {len(run)} of {len(every)} published cells "
+        "have a run of ours. All cells with their commands, each run with its seed, and how each script differs from "
+        f"the published code: {', '.join(f'[{p}](results/{p}.md)' for p in sorted({*papers.PAPERS.values()}))}; for "
+        "machines, [results.csv](results/results.csv).",
+        "",
+        "## Verdicts",
+        "",
+        RULE + " The number is our best beside the published one, of the run nearest to it.",
+        "",
+        *table("paper | method | data | verdict | best / published", verdicts(rows)),
+        "## Measured",
+        "",
+        '"Last" is the last epoch, "best" the best one on the test set, which is what the papers report, ± the '
+        "standard deviation over n seeds; s.e. is the standard error that so many test images leave in a score, the "
+        'mean is over all epochs. "Differs" names the flags in which runs are not the published one, with the '
+        "published value in brackets.",
+        "",
+    ]
+    lines += table(
+        "cell | data | method | network | published | last | best | s.e. | mean | n | differs",
+        [
+            [r["cell"], r["dataset"], r["method"], r["teacher" if r["method"] == "Teacher" else "student"],
+             figure_of(r["paper"], r["paper_std"]),
+             figure_of(r["last"], r["last_std"]), figure_of(r["best"], r["best_std"]), figure_of(r["standard_error"]),
+             figure_of(r["mean"]), str(r["n"]), r["differs"]]
+            for r in rows if r["n"]
+        ],
+    )  # fmt: skip
+    if others:
+        lines += ["## Runs of no published cell", "", *other_runs(others)]
+    lines += [
+        "## Running the others",
+        "",
+        "```bash",
+        "bash scripts/reproduce.sh --missing             # the cells without a run, and their commands",
+        "bash scripts/reproduce.sh fast-53 --dry-run     # what one of them runs, its teacher first",
+        "bash scripts/reproduce.sh fast-53 --seeds 3     # runs it; again after an interruption",
+        "bash scripts/reproduce.sh fast-53 --check       # beside the published value",
+        "cp runs/NAME/result.json results/NAME.json && python compare.py       # puts it into this page",
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def other_runs(others: Sequence[Sequence[dict]]) -> list[str]:
+    lines = []
+    for runs in others:
+        row = measured(runs)
+        scores = (figure_of(row["last"], row["last_std"]), figure_of(row["best"], row["best_std"]))
+        lines.append([runs[0]["method"], runs[0]["dataset"], *scores, figure_of(row["standard_error"]), str(row["n"]),
+                      figure_of(row["teacher_score"]), f"`{short_command(runs[0])}`"])  # fmt: skip
+    return table("method | data | last | best | s.e. | n | Acc(T) | command", lines)
+
+
+def homes() -> dict[str, str]:
+    """Script -> the paper whose page has its deviations: the one of its name, else the one with most of its cells."""
+    counts = {}
+    for cell in papers.cells():
         if cell.script:
-            args = json.loads(json.dumps(cell.args(), default=str))
-            for result in results:
-                if belongs(result, cell, args):
-                    groups.setdefault(differences(result, args), []).append(result)
-                    used.add(result["file"])
-        scratch = scratch_score(results, cell.dataset, cell.student)
-        for differs, runs in sorted(groups.items(), key=lambda group: group[0].count("--")):
-            record = dict(common) | {
-                "n": len(runs),
-                "differs": differs,
-                "note": "",
-                "scratch_score": scratch and scratch / unit,
-            }
-            for name, key, scale in (
-                ("last", "last", unit),
-                ("best", "best", unit),
-                ("teacher_score", "teacher_accuracy", unit),
-                ("minutes", "seconds", 60),
-                ("synthesis_minutes", "synthesis_seconds", 60),
-            ):
-                mean, std = mean_std([r.get(key) for r in runs])
-                record[name] = None if mean is None else mean / scale
-                if name in ("last", "best"):
-                    record[f"{name}_std"] = None if std is None else std / scale
-            if paper is not None:
-                record["best_minus_paper"] = record["best"] - paper
-            record["hardware"] = ", ".join(sorted({r["hardware"] for r in runs}))
-            records.append(record)
-        if not groups:
-            records.append(common)
-    return records, [r for r in results if r["file"] not in used]
+            own = cell.script.lower().startswith(cell.paper)
+            counts.setdefault(cell.script, Counter())[cell.paper] += 1000 if own else 1
+    return {script: counter.most_common(1)[0][0] for script, counter in counts.items()}
 
 
-def missing(cell):
-    """Why a cell has no run."""
-    if cell.script is None:
-        return cell.reason
-    flags = dict(zip(cell.flags[::2], cell.flags[1::2], strict=False))
-    other = flags.get("--transfer_set", "noise") not in ("original", "noise")
-    return "needs the transfer set" if other else MISSING[cell.row["dataset"]]
-
-
-def deviations(script):
+def deviations(script: str) -> list[str]:
     """How a script differs from the published code, as its docstring says: Markdown lines."""
     card = ast.get_docstring(ast.parse((ROOT / script).read_text()))
     found = re.search(r"^Differences from the published code([^:]*):(.*?)(?=\n\n|\Z)", card, re.S | re.M)
@@ -245,208 +242,180 @@ def deviations(script):
         return []
     remark, text = found.groups()
     items = [" ".join(item.split()) for item in re.split(r"^ *\d+\. ", text, flags=re.M)]
-    return [
-        f"How `{script}` differs from the published code{remark}:",
-        "",
-        *(f"{i}. {item}" for i, item in enumerate(filter(None, items), 1)),
-        "",
-    ]
+    items = [f"{i}. {item}" for i, item in enumerate(filter(None, items), 1)]
+    return [f"How `{script}` differs from the published code{remark}:", "", *items, ""]
 
 
-def figure_of(value, std=None, digits=2, sign=""):
-    """A number for the table: '97.9 +- 0.2', or nothing."""
-    if value is None:
-        return ""
-    text = value if isinstance(value, str) else f"{value:{sign}.{digits}f}"
-    return text if std is None else f"{text} ± {std:.{digits}f}"
-
-
-def markdown(records, others):
-    """RESULTS.md as text."""
-    run = {r["cell"] for r in records if r["n"]}
-    every = {r["cell"] for r in records}
-    lines = [
-        "# Results beside the papers'",
-        "",
-        f"Written by `python compare.py` from the files under `results/`: {len(run)} of "
-        f'{len(every)} published cells have a run of ours. "Last" is the last epoch, "best" '
-        "the best one on the test set, which is what the papers report; ± is the standard "
-        "deviation over n seeds. Acc(T) is the teacher's score in these runs, Acc(S) the "
-        'student\'s when it is trained on the data itself. "Differs" names the flags in which '
-        "a run is not the published one, with the published value in brackets. "
-        "`bash scripts/reproduce.sh CELL` runs a cell, its teacher first.",
-        "",
-    ]
+def page(paper: str, rows: Sequence[dict], others: Sequence[Sequence[dict]], records: Sequence[dict]) -> str:
+    """results/<paper>.md as text: full tables, every run, deviations."""
+    home = homes()
+    own = [r for r in rows if papers.PAPERS[r["source"]] == paper]
+    lines = [f"# {', '.join(dict.fromkeys(r['source'] for r in own))}: every cell and run", ""]
+    lines += ["Written by `python compare.py`. Acc(T) is the teacher's score in these runs, Acc(S) the student's when "
+              "it is trained on the data itself; the rest is as in [RESULTS.md](../RESULTS.md).", ""]  # fmt: skip
     tables = {}
-    for record in records:
-        tables.setdefault((record["source"], record["table"]), []).append(record)
-    for (source, table), rows in tables.items():
-        lines += [f"## {source}, {table}", ""]
-        head = [
-            "cell",
-            "data",
-            "method",
-            "teacher → student",
-            "paper",
-            "last",
-            "best",
-            "n",
-            "best − paper",
-            "Acc(T)",
-            "Acc(S)",
-            "minutes (synthesis)",
-            "hardware",
-            "differs",
-            "command",
-        ]
-        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        for r in rows:
-            digits = 3 if isinstance(r["paper"], float) and r["paper"] < 1 else 2
-            minutes = figure_of(r["minutes"], digits=1)
-            if r["synthesis_minutes"] is not None:
-                minutes += f" ({figure_of(r['synthesis_minutes'], digits=1)})"
-            lines.append(
-                "| "
-                + " | ".join(
-                    [
-                        r["cell"],
-                        r["dataset"],
-                        r["method"],
-                        f"{r['teacher']} → {r['student']}",
-                        figure_of(r["paper"], r["paper_std"], digits),
-                        figure_of(r["last"], r["last_std"], digits),
-                        figure_of(r["best"], r["best_std"], digits),
-                        str(r["n"] or ""),
-                        figure_of(r["best_minus_paper"], None, digits, "+"),
-                        figure_of(r["teacher_score"], None, digits),
-                        figure_of(r["scratch_score"], None, digits),
-                        minutes,
-                        r["hardware"] or "",
-                        r["note"] if not r["n"] else r["differs"],
-                        f"`{r['command']}`" if r["command"] else "none",
-                    ]
-                )
-                + " |"
-            )
-        lines.append("")
-        scripts = dict.fromkeys(r["command"].split()[1] for r in rows if r["command"])
-        for script in scripts:
-            lines += deviations(script)
-    if others:
-        lines += [
-            "## Runs that are no published cell",
-            "",
-            "| run | last | best | Acc(T) | minutes | command | file |",
-            "|---|---|---|---|---|---|---|",
-        ]
-    for r in others:
-        lines.append(
-            f"| {r['name']} | {figure_of(r['last'])} | {figure_of(r['best'])} | "
-            f"{figure_of(r.get('teacher_accuracy'))} | "
-            f"{figure_of(r['seconds'] / 60, digits=1)} | `{r['command']}` | "
-            f"{r['file']} |"
-        )
+    for row in own:
+        tables.setdefault((row["source"], row["table"]), []).append(row)
+    for (source, name), part in tables.items():
+        lines += [f"## {source}, {name}", "", *full_table(part)]
+    mine = [r for cell in papers.cells() if cell.paper == paper for runs in papers.runs_of(cell, records).values()
+            for r in runs]  # fmt: skip
+    mine += [r for runs in others for r in runs if home[r["script"]] == paper]
+    if mine:
+        lines += ["## Runs", "", *run_table(list({r["file"]: r for r in mine}.values()))]
+    scripts = dict.fromkeys(r["command"].split()[1] for r in own if r["command"])
+    told = [line for script in scripts if home[script] == paper for line in deviations(script)]
+    lines += ["## Deviations", "", *told] if told else []
+    away = [f"`{s}`: [{home[s]}]({home[s]}.md)" for s in scripts if home[s] != paper and deviations(s)]
+    lines += [f"Told elsewhere: {', '.join(away)}.", ""] if away else []
     return "\n".join(lines).rstrip() + "\n"
 
 
-def as_csv(records):
+def full_table(rows: Sequence[dict]) -> list[str]:
+    lines = []
+    for r in rows:
+        minutes = figure_of(r["minutes"], digits=1)
+        minutes += f" ({figure_of(r['synthesis_minutes'], digits=1)})" if r["synthesis_minutes"] is not None else ""
+        lines.append([
+            r["cell"], r["dataset"], r["method"], f"{r['teacher']} → {r['student']}", r["verdict"],
+            figure_of(r["paper"], r["paper_std"]), figure_of(r["last"], r["last_std"]),
+            figure_of(r["best"], r["best_std"]), str(r["n"] or ""), figure_of(r["best_minus_paper"], sign="+"),
+            figure_of(r["teacher_score"]), figure_of(r["scratch_score"]), minutes, r["hardware"] or "",
+            r["differs"] or r["note"] or "", f"`{r['command']}`" if r["command"] else "none",
+        ])  # fmt: skip
+    head = "cell | data | method | teacher → student | verdict | published | last | best | n | best − published"
+    return table(f"{head} | Acc(T) | Acc(S) | minutes (synthesis) | hardware | differs | command", lines)
+
+
+def run_table(runs: Sequence[dict]) -> list[str]:
+    lines = []
+    for r in runs:
+        teacher = r.get("teacher_weights") or {}
+        made = [f"{p['epochs'][0]}-{p['epochs'][1]} {p['precision']}" for p in r["pieces"] or ()]
+        lines.append([
+            f"[{Path(r['file']).stem}]({r['file']})", str(r["seed"]), str(r["epochs"]), figure_of(r["last"]),
+            f"{figure_of(r['best'])} ({r['best_epoch']})", figure_of(r["mean"]), figure_of(r["variance"]),
+            figure_of(r["standard_error"]), figure_of(r.get("teacher_accuracy")),
+            f"{teacher['file']} ({teacher.get('recipe') or 'no recipe'})" if teacher else "",
+            ", ".join(made) if len(made) > 1 else r["precision"], figure_of(r["seconds"] / 60, digits=1),
+            r["hardware"], r["commit"],
+        ])  # fmt: skip
+    head = "run | seed | epochs | last | best (epoch) | mean | variance | s.e. | Acc(T) | teacher's weights"
+    return table(f"{head} | precision | minutes | hardware | commit", lines)
+
+
+def as_csv(rows: Sequence[dict]) -> str:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(records)
+    writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     return buffer.getvalue()
 
 
-def plot_synthesis(records, folder):
-    """Accuracy against synthesis time, a picture per data set of Fast-Datafree's tables.
+def pages(records: Sequence[dict]) -> dict[str, str]:
+    """File, from RESULTS.md's folder, -> its text: all that `python compare.py` writes but the plots."""
+    rows, others = collect(records)
+    made = {"RESULTS.md": markdown(rows, others), "results/results.csv": as_csv(rows)}
+    return made | {f"results/{p}.md": page(p, rows, others, records) for p in sorted({*papers.PAPERS.values()})}
 
-    The published points are hollow, ours full. Returns the paths.
+
+def with_verdicts(readme: str, rows: Sequence[dict]) -> str:
+    """README.md's text with the verdicts of what was run between the marks.
+
+    Raises:
+        UsageError: the marks are not in it.
     """
-    hours = {cell.name: cell.row["synthesis_hours"] for cell in cells()}
-    paths = []
+    first, last = MARKS
+    if not re.search(f"{first}.*{last}", readme, re.S):
+        raise UsageError(f"README.md lacks the marks {first} and {last}: put them where the verdicts belong")
+    run = {r["cell"] for r in rows if r["n"]}
+    known = {(r["source"], r["method"], r["dataset"]) for r in rows if r["n"]}
+    lines = table("paper | method | data | verdict | best / published",
+                  [line for line in verdicts(rows) if line[:3] in known])  # fmt: skip
+    text = "\n".join([first, RULE, "", *lines, f"{len(run)} of {len({r['cell'] for r in rows})} published cells have a "
+                      "run; [RESULTS.md](RESULTS.md) has them all.", last])  # fmt: skip
+    return readme[: readme.index(first)] + text + readme[readme.index(last) + len(last) :]
+
+
+def plot_synthesis(rows: Sequence[dict], folder: Path) -> None:
+    """Accuracy against synthesis time, a picture per table of Fast-Datafree's: published hollow, ours full."""
+    hours = {cell.name: cell.row["synthesis_hours"] for cell in papers.cells()}
+    folder.mkdir(parents=True, exist_ok=True)
     for dataset in ("CIFAR-10", "CIFAR-100"):
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot(
-            xscale="log",
-            xlabel="hours of synthesis",
-            ylabel=f"{dataset}: test accuracy (%), WRN40-2 to WRN16-1",
+            xscale="log", xlabel="hours of synthesis", ylabel=f"{dataset}: test accuracy (%), WRN40-2 to WRN16-1"
         )
-        rows = [
-            r for r in records if r["dataset"] == dataset and r["student"] == "WRN16-1" and hours[r["cell"]]
-        ]
-        for i, method in enumerate(dict.fromkeys(r["method"] for r in rows)):
-            own = [r for r in rows if r["method"] == method]
-            colour = f"C{i}"
-            axes.plot(
-                float(hours[own[0]["cell"]]),
-                own[0]["paper"],
-                "o",
-                color=colour,
-                fillstyle="none",
-                label=method,
-            )
+        found = [r for r in rows if r["dataset"] == dataset and r["student"] == "WRN16-1" and hours[r["cell"]]]
+        for i, method in enumerate(dict.fromkeys(r["method"] for r in found)):
+            own = [r for r in found if r["method"] == method]
+            point = dict(color=f"C{i}", marker="o", linestyle="none")
+            axes.plot(float(hours[own[0]["cell"]]), own[0]["paper"], **point, fillstyle="none", label=method)
             for r in own:
                 if r["n"]:
-                    axes.plot(r["synthesis_minutes"] / 60, r["best"], "o", color=colour)
+                    axes.plot(r["synthesis_minutes"] / 60, r["best"], **point)
         axes.plot([], [], "ko", fillstyle="none", label="published")
         axes.plot([], [], "ko", label="ours")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small", ncols=2)
-        path = folder / f"synthesis-{dataset.lower()}.png"
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-        paths.append(path)
-    return paths
+        figure.savefig(folder / f"synthesis-{dataset.lower()}.png", dpi=120)
 
 
-def curves(paths, out):
+def curves(paths: Sequence[str], out: str) -> None:
     """Draw metrics.csv files; a file's label is its name, or its folder's."""
     for path in map(Path, paths):
         if not path.is_file():
             raise UsageError(f"{path} does not exist: name the metrics.csv of a run")
-    plot_accuracy(
-        out,
-        {
-            p.parent.name if p.name == "metrics.csv" else p.name.removesuffix(".metrics.csv"): p
-            for p in map(Path, paths)
-        },
-        over="epoch",
-    )
+    with Path(paths[0]).open() as file:
+        column = next(
+            (name for name in file.readline().strip().split(",") if name in ("mIoU", "agreement")), "accuracy"
+        )
+    labels = [
+        p.parent.name if p.name == "metrics.csv" else p.name.removesuffix(".metrics.csv") for p in map(Path, paths)
+    ]
+    plot_accuracy(out, dict(zip(labels, paths, strict=True)), column, over="epoch")
     print(out)
 
 
 def main(args):
-    """Write or print the comparison; returns the records."""
+    """Write or print the comparison; returns its rows."""
     if args.curves:
         return curves(args.curves, args.out)
-    results = read_results(args.results)
-    records, others = collect(results)
-    known = {k: sorted({r[k] for r in records}) for k in ("dataset", "method")}
-    part = {k: v for k in known if (v := getattr(args, k))}
+    records = read_records(args.results)
+    if not records:
+        raise UsageError(f"{args.results} has no records: copy result.json files of runs there")
+    rows, others = collect(records)
+    if args.readme:
+        readme = ROOT / "README.md"
+        readme.write_text(with_verdicts(readme.read_text(), rows))
+        return rows
+    part = {k: v for k in ("dataset", "method") if (v := getattr(args, k))}
     for key, value in part.items():
-        if value not in known[key]:
-            raise UsageError(f"no {key} '{value}' in the tables; they have: " + ", ".join(known[key]))
-    records = [r for r in records if all(r[k] == v for k, v in part.items())]
-    others = [] if part else others
-    if args.format == "md":
-        text = markdown(records, others)
-    elif args.format == "csv":
-        text = as_csv(records)
+        if value not in (known := sorted({r[key] for r in rows})):
+            raise UsageError(f"no {key} '{value}' in the tables; they have: {', '.join(known)}")
+    rows = [r for r in rows if all(r[k] == v for k, v in part.items())]
+    if args.format == "md" and not part:
+        top = Path(args.out or ROOT / "RESULTS.md")
+        for name, text in pages(records).items():
+            path = top if name == "RESULTS.md" else top.parent / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        plot_synthesis(rows, top.parent / "results" / "plots")
+        print(f"{len({r['cell'] for r in rows if r['n']})} cells with runs, {len(others)} kinds of other runs: {top}")
+        return rows
+    text = {
+        "md": lambda: "\n".join(full_table(rows)),
+        "csv": lambda: as_csv(rows),
+        "json": lambda: (
+            json.dumps({"cells": rows, "others": [r["file"] for runs in others for r in runs]}, indent=1) + "\n"
+        ),
+    }[args.format]()
+    if args.out:
+        Path(args.out).write_text(text)
     else:
-        text = json.dumps({"cells": records, "others": [r["file"] for r in others]}, indent=1)
-    whole = args.format == "md" and not part
-    out = args.out or (ROOT / "RESULTS.md" if whole else None)
-    if out is None:
-        sys.stdout.write(text if text.endswith("\n") else text + "\n")
-        return records
-    Path(out).write_text(text)
-    paths = [out, *(plot_synthesis(records, Path(out).parent / "results" / "plots") if whole else [])]
-    print(
-        f"{sum(bool(r['n']) for r in records)} rows with runs, {len(others)} runs of no cell: "
-        + ", ".join(map(str, paths))
-    )
-    return records
+        sys.stdout.write(text)
+    return rows
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 Images come out unaugmented and unnormalised; ``mean``, ``std``, ``padding`` and ``flip`` say
 what the caller should do with them. To add a dataset, write a loader (sources.py has ten)
-and give it a row in ``SOURCES``.
+and give it a row in ``SOURCES``, or from outside ``register("mine", Source(load))``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torchvision.transforms.v2 import functional as F
@@ -15,83 +16,117 @@ from torchvision.transforms.v2 import functional as F
 from . import sources
 from .folder import Raw, fingerprint, get_images, load_folder, open_files, side_of
 from .segmentation import SEGMENTATIONS, Segmentation, get_segmentation
-from .splits import LUMA, DataError, FileSplit, TensorSplit, one_line, per_channel
+from .splits import LUMA, DataError, FileSplit, TensorSplit, channel_statistics, one_line, per_channel
 from .wild import open_wild
 
 __all__ = [
-    "DATASETS", "SEGMENTATIONS", "DataError", "Dataset", "FileSplit", "Segmentation",
-    "TensorSplit", "get_dataset", "get_images", "get_segmentation", "get_wild",
-    "imagenet_statistics",
+    "DATASETS", "SEGMENTATIONS", "SOURCES", "TEST_SETS", "DataError", "Dataset", "FileSplit", "Raw",
+    "Segmentation", "Source", "TensorSplit", "get_dataset", "get_images", "get_segmentation", "get_wild",
+    "imagenet_statistics", "load_folder", "preset_of", "register",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Source:
-    """A loader and the published defaults of its data.
+    """What is known of a data set: its loader, published transforms, and what scripts take for it.
 
-    ``img_size`` None: that of the files. ``mean`` None: computed from the train split.
-    ``crop``: training pads by an eighth of the size and crops at random (32 pixels: by 4).
+    load: (root, splits, download, attribute) -> ``Raw`` with the splits asked for, ("train", "test")
+        or ("test",).
+    img_size: None for that of the images. mean, std: None to compute them from the train split.
+    crop: training pads by an eighth of the size and crops at random (32 pixels: by 4).
+    pair: names of the default teacher and student. like: the data set whose presets it takes where
+    it has none of its own. paper: what the papers call it.
     """
 
-    load: Callable[[Path, bool, str | None], Raw]
-    img_size: int | None
-    channels: int
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
+    load: Callable[[Path, Sequence[str], bool, str | None], Raw]
+    img_size: int | None = None
+    channels: int = 3
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     crop: bool = False
     flip: bool = False
+    pair: tuple[str, str] = ("wrn40_2", "wrn16_1")
+    like: str = "folder"
+    paper: str | None = None
 
 
 HALF = (0.5, 0.5, 0.5)
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SOURCES = {
+CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+CIFAR100 = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LENET, ALEXNET = ("lenet5", "lenet5_half"), ("alexnet", "alexnet_half")
+RESNET34, RESNET50 = ("resnet34_imagenet", "resnet18_imagenet"), ("resnet50_imagenet", "resnet18_imagenet")
+SOURCES: dict[str, Source] = {
     # Statistics of digits: those of its 1,297 train images at 32x32.
-    "digits": Source(sources.load_digits, 32, 1, (0.3060,), (0.3242,)),
-    "mnist": Source(sources.load_mnist, 32, 1, (0.1307,), (0.3081,)),
-    "fashion-mnist": Source(sources.load_fashion_mnist, 32, 1, (0.2860,), (0.3530,)),
-    "cifar10": Source(sources.load_cifar10, 32, 3, CIFAR10_MEAN, CIFAR10_STD, True, True),
-    "cifar100": Source(sources.load_cifar100, 32, 3, CIFAR100_MEAN, CIFAR100_STD, True, True),
-    "svhn": Source(sources.load_svhn, 32, 3, HALF, HALF),
+    "digits": Source(sources.load_digits, 32, 1, (0.3060,), (0.3242,), pair=LENET, like="mnist"),
+    "mnist": Source(sources.load_mnist, 32, 1, (0.1307,), (0.3081,), pair=LENET, paper="MNIST"),
+    "fashion-mnist": Source(sources.load_fashion_mnist, 32, 1, (0.2860,), (0.3530,), pair=LENET, like="mnist"),
+    "cifar10": Source(sources.load_cifar10, 32, 3, *CIFAR10, True, True, paper="CIFAR-10"),
+    "cifar100": Source(sources.load_cifar100, 32, 3, *CIFAR100, True, True, like="cifar10", paper="CIFAR-100"),
+    "svhn": Source(sources.load_svhn, 32, 3, HALF, HALF, like="cifar10"),
     # Only as a transfer set of MNIST in the papers, so with its statistics.
-    "usps": Source(sources.load_usps, 32, 1, (0.1307,), (0.3081,)),
-    "celeba": Source(sources.load_celeba, 224, 3, HALF, HALF, flip=True),
-    "caltech101": Source(sources.load_caltech101, 128, 3, HALF, HALF, flip=True),
+    "usps": Source(sources.load_usps, 32, 1, (0.1307,), (0.3081,), pair=LENET, like="mnist"),
+    "celeba": Source(sources.load_celeba, 224, 3, HALF, HALF, False, True, ALEXNET, paper="CelebA"),
+    "caltech101": Source(sources.load_caltech101, 128, 3, HALF, HALF, False, True, RESNET34, paper="Caltech101"),
     # The published training crop is a random resized one.
-    "imagenet": Source(sources.load_imagenet, 224, 3, IMAGENET_MEAN, IMAGENET_STD, True, True),
-    "folder": Source(load_folder, None, 3, None, None, True, True),
+    "imagenet": Source(sources.load_imagenet, 224, 3, *IMAGENET, True, True, RESNET50, paper="ImageNet"),
+    "folder": Source(load_folder, crop=True, flip=True),
 }
-DATASETS = tuple(SOURCES)
+DATASETS = SOURCES.keys()  # a live view: what is registered later belongs to it
+
+
+def TEST_SETS() -> tuple[str, ...]:
+    """``DATASETS`` and "none", of which nothing but its classes and its size are known."""
+    return (*DATASETS, "none")
+
+
+def register(name: str, source: Source) -> None:
+    """Adds a data set of one's own to ``DATASETS``. Raises DataError if what it is like is unknown."""
+    if source.like not in SOURCES:
+        raise DataError(f"{name} is like '{source.like}', which is none of: {' '.join(DATASETS)}")
+    SOURCES[name] = source
+
+
+def preset_of(name: str, presets: Mapping[str, Any]) -> Any:
+    """The data set's preset, else that of the data set which it is like, else that of "folder"."""
+    while name not in presets and name != "folder":
+        name = SOURCES[name].like if name in SOURCES else "folder"
+    return presets[name]
 
 
 @dataclass
 class Dataset:
-    """Two splits and what one needs to know about them.
+    """Splits, None for those that were not asked for, and what one needs to know about them.
 
-    mean, std: one value per channel, for pixels in 0..1.
+    mean, std: one value per channel, for pixels in 0..1; None if unknown, which happens without the
+    train split.
     padding, flip: the train transform, a random ``img_size`` crop of the image padded by
     ``padding`` pixels, and a horizontal flip; the test transform is nothing.
-    fingerprint: identifies the content. In memory: labels and pixels, before any resizing for
-    data that comes as arrays, after it for decoded files. Streamed: paths, sizes and labels.
+    fingerprint: identifies the content of what was read: of both splits, or of test alone. In
+    memory: labels and pixels, before any resizing for data that comes as arrays, after it for
+    decoded files. Streamed: paths, sizes and labels.
     """
 
     name: str
-    train: TensorSplit | FileSplit
-    test: TensorSplit | FileSplit
-    num_classes: int
+    train: TensorSplit | FileSplit | None
+    test: TensorSplit | FileSplit | None
     class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
     img_size: int
     channels: int
     padding: int
     flip: bool
     fingerprint: str
 
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
     def to(self, device) -> "Dataset":
         """A copy whose batches come out on ``device``; splits in memory live there."""
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
+        splits = {"train": self.train, "test": self.test}
+        return replace(self, **{name: s.to(device) for name, s in splits.items() if s is not None})
 
 
 def get_dataset(
@@ -104,8 +139,10 @@ def get_dataset(
     attribute: str | None = None,
     download: bool = True,
     in_memory_limit: int = 2**30,
+    train: bool = True,
+    num_classes: int | None = None,
 ) -> Dataset:
-    """Finds, or downloads into ``root``, one of ``DATASETS``.
+    """Finds, or downloads into ``root``, one of ``DATASETS``; "none" has no images at all.
 
     img_size, channels, mean and std replace the dataset's own. Images are square afterwards
     (bilinear, antialiased; of a file the central square). One channel becomes three by
@@ -113,14 +150,19 @@ def get_dataset(
     weighted like luma (for std this is an upper bound, close since channels correlate).
     attribute: which of celeba's to predict (default: the most balanced one).
     in_memory_limit: bytes of pixels above which image files are streamed instead of decoded.
+    train: False to read the test split alone, for which no train image need be there; statistics
+    that the train split would tell are None then.
+    num_classes: of "none", which needs img_size, too.
 
     Raises DataError, one line that names the cure, if the data or an argument is wrong.
     """
-    if name not in SOURCES:
-        raise DataError(f"unknown dataset '{name}'; choose one of: {' '.join(DATASETS)}")
+    if name not in TEST_SETS():
+        raise DataError(f"unknown dataset '{name}'; choose one of: {' '.join(TEST_SETS())}")
     if attribute and name != "celeba":
         raise DataError(f"{name} has no attributes: leave attribute out, it belongs to celeba")
-    source = SOURCES[name]
+    if num_classes and name != "none":
+        raise DataError(f"{name} has classes of its own: leave out num_classes, it belongs to none")
+    source = SOURCES["folder" if name == "none" else name]
     channels = source.channels if channels is None else channels
     if channels not in (1, 3):
         raise DataError(f"channels is {channels}: choose 1 or 3")
@@ -128,24 +170,35 @@ def get_dataset(
         raise DataError(f"img_size is {img_size}: choose at least 1 pixel")
     mean, std = per_channel("mean", mean, channels), per_channel("std", std, channels)
 
+    if name == "none":
+        if not (num_classes and img_size):
+            raise DataError(
+                "dataset none has no images to take classes and size from: give --num_classes and --img_size"
+            )
+        classes = tuple(map(str, range(num_classes)))
+        return Dataset(name, None, None, classes, mean, std, img_size, channels, img_size // 8, True, "none")
+
+    names = ("train", "test") if train else ("test",)
     try:
-        raw = source.load(Path(root).expanduser(), download, attribute)
+        raw = source.load(Path(root).expanduser(), names, download, attribute)
     except OSError as error:
         raise DataError(f"cannot read the data ({one_line(error)}): check {root}") from None
-    img_size = img_size or source.img_size or side_of(raw.train.paths[0])
-    computed = None
-    if isinstance(raw.train, TensorSplit):
-        train, test = (_fit(split, img_size, channels) for split in (raw.train, raw.test))
-        digest = fingerprint(raw.train, raw.test)
+    splits = {split: getattr(raw, split) for split in names}
+    first = splits[names[0]]
+    needed = train and source.mean is None and (mean is None or std is None)
+    if isinstance(first, TensorSplit):
+        img_size = img_size or source.img_size or first.images.shape[-1]
+        digest = fingerprint(splits.values())
+        splits = {split: _fit(part, img_size, channels) for split, part in splits.items()}
+        computed = channel_statistics(splits["train"]) if needed else None
     else:
-        needed = source.mean is None and (mean is None or std is None)
-        train, test, computed, digest = open_files(raw, img_size, channels, in_memory_limit, needed)
+        img_size = img_size or source.img_size or side_of(first.paths[0])
+        splits, computed, digest = open_files(splits, raw.root, img_size, channels, in_memory_limit, needed)
     own_mean, own_std = computed or (source.mean, source.std)
     return Dataset(
         name=name,
-        train=train,
-        test=test,
-        num_classes=len(raw.class_names),
+        train=splits.get("train"),
+        test=splits["test"],
         class_names=raw.class_names,
         mean=mean or _follow(own_mean, channels),
         std=std or _follow(own_std, channels),
@@ -161,7 +214,7 @@ def get_wild(source: str, root: str | Path, img_size: int, channels: int):
     """An unlabelled image set: a folder (any depth), a zip, or the train images of a data set.
 
     Args:
-        source: the path, or one of ``DATASETS``, which is looked for in ``root``.
+        source: one of ``DATASETS``, which is looked for in ``root``, or a path, as it is or below ``root``.
 
     Returns (split, fingerprint); the split's labels mean nothing. Its images come out as those of
     ``get_dataset`` do. Raises DataError if there are none.
@@ -169,16 +222,23 @@ def get_wild(source: str, root: str | Path, img_size: int, channels: int):
     if source in DATASETS:
         data = get_dataset(source, root, img_size=img_size, channels=channels)
         return data.train, data.fingerprint
-    return open_wild(Path(source).expanduser(), img_size, channels)
+    places = [Path(source).expanduser(), Path(root).expanduser() / source]
+    for place in places:
+        if place.exists():
+            return open_wild(place, img_size, channels)
+    where = " or ".join(map(str, dict.fromkeys(places)))
+    raise DataError(f"image set {where} does not exist: name a folder, a zip or a data set")
 
 
 def imagenet_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """ImageNet's mean and standard deviation for images of 1 or 3 channels."""
-    return _follow(IMAGENET_MEAN, channels), _follow(IMAGENET_STD, channels)
+    return tuple(_follow(values, channels) for values in IMAGENET)
 
 
-def _follow(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Per-channel statistics after a change of the number of channels."""
+def _follow(values: Sequence[float] | None, channels: int) -> tuple[float, ...] | None:
+    """Per-channel statistics after a change of the number of channels; None stays None."""
+    if values is None:
+        return None
     if len(values) == channels:
         return tuple(values)
     if channels == 3:

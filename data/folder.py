@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,9 +12,7 @@ from PIL import Image
 
 from .splits import DataError, FileSplit, TensorSplit, channel_statistics, one_line
 
-SUFFIXES = (
-    ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
-)  # fmt: skip
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _ENDINGS = " ".join(SUFFIXES)
 # Part of the cache's key: to be raised when the same file decodes to other pixels than before.
 DECODER_VERSION = 1
@@ -22,38 +20,34 @@ DECODER_VERSION = 1
 
 @dataclass
 class Raw:
-    """What a source found: splits in their native size (or as files), and the class names.
+    """What a loader found: class names, and splits in their native size (or as files).
 
     ``root`` is the folder that file splits lie in: their cache goes there.
     """
 
-    train: TensorSplit | FileSplit
-    test: TensorSplit | FileSplit
     class_names: tuple[str, ...]
+    test: TensorSplit | FileSplit
+    train: TensorSplit | FileSplit | None = None
     root: Path | None = None
 
 
-def load_folder(root: Path, download: bool, attribute: str | None) -> Raw:
-    """Lists ``<root>/{train,test}/<class>/**`` (any depth below the class), classes sorted.
+def load_folder(root: Path, splits: Sequence[str], *_) -> Raw:
+    """Lists ``<root>/<split>/<class>/**`` (any depth below the class), classes sorted.
 
     Raises DataError where a split or its images are missing, or the splits' classes differ.
     """
-    names = {split: class_folders(root / split) for split in ("train", "test")}
-    for split in names:
+    names = {split: class_folders(root / split) for split in splits}
+    for split in splits:
         if not names[split]:
-            raise DataError(
-                f"no class folders in {root / split}: put the images into "
-                f"{root}/train/<class>/ and {root}/test/<class>/"
-            )
-    odd = sorted(set(names["train"]) ^ set(names["test"]))
-    if odd:
-        has, lacks = ("train", "test") if odd[0] in names["train"] else ("test", "train")
-        raise DataError(
-            f"class '{odd[0]}' is in {root / has} but not in {root / lacks}: "
-            "both splits need the same class folders"
-        )
-    splits = (list_split(root / split, names["train"]) for split in ("train", "test"))
-    return Raw(*splits, tuple(names["train"]), root)
+            wanted = " and ".join(f"{root / split}/<class>/" for split in splits)
+            raise DataError(f"no class folders in {root / split}: put the images into {wanted}")
+        odd = sorted(set(names[split]) ^ set(names["test"]))
+        if odd:
+            has, lacks = (split, "test") if odd[0] in names[split] else ("test", split)
+            text = "both splits need the same class folders"
+            raise DataError(f"class '{odd[0]}' is in {root / has} but not in {root / lacks}: {text}")
+    found = {split: list_split(root / split, names["test"]) for split in splits}
+    return Raw(tuple(names["test"]), **found, root=root)
 
 
 def class_folders(split: Path) -> list[str]:
@@ -78,12 +72,10 @@ def get_images(root: str | Path, img_size: int, channels: int) -> torch.Tensor:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """Paths of the image files at any depth, sorted; hidden ones are left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not _hidden(path.relative_to(folder))
-    )
+    """Paths of the image files at any depth, sorted, without hidden ones."""
+    # Finders and notebooks leave .DS_Store, ._name.jpg and .ipynb_checkpoints/ behind.
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def list_split(split: Path, names: Sequence[str]) -> FileSplit:
@@ -95,17 +87,10 @@ def list_split(split: Path, names: Sequence[str]) -> FileSplit:
     for label, name in enumerate(names):
         found = images_below(split / name)
         if not found:
-            raise DataError(
-                f"no images in {split / name}: add some ({_ENDINGS}), or delete the folder in both splits"
-            )
+            raise DataError(f"no images in {split / name}: add some ({_ENDINGS}), or delete the folder")
         paths += found
         labels += [label] * len(found)
     return FileSplit(paths, torch.tensor(labels))
-
-
-def _hidden(path: Path) -> bool:
-    # Finders and notebooks leave .DS_Store, ._name.jpg and .ipynb_checkpoints/ behind.
-    return any(part.startswith(".") for part in path.parts)
 
 
 def side_of(path: Path) -> int:
@@ -116,68 +101,61 @@ def side_of(path: Path) -> int:
     except Exception as error:  # decoders raise nearly anything on damaged files
         raise DataError(f"cannot read image {path} ({one_line(error)}): replace or delete it") from None
     if width != height:
-        raise DataError(
-            f"{path} is {width}x{height}, not square: choose a size with img_size, to which the "
-            "central square of every image is resized"
-        )
+        cure = "choose a size with img_size, to which the central square of every image is resized"
+        raise DataError(f"{path} is {width}x{height}, not square: {cure}")
     return width
 
 
-def open_files(raw: Raw, img_size: int, channels: int, limit: int, statistics: bool):
+def open_files(splits: Mapping[str, FileSplit], root: Path, img_size: int, channels: int, limit: int, statistics: bool):
     """Turns file splits into what batches come from: in memory up to ``limit`` bytes.
 
-    Decoded images and statistics are kept in ``<root>/.datafree-<size>x<channels>.pt`` until a
-    file appears, vanishes or changes. Returns (train, test, (mean, std) or None, fingerprint).
-    Raises DataError if a file cannot be read (streamed: only where statistics are computed).
+    Decoded images and statistics are kept in ``<root>/.datafree-<size>x<channels>.pt`` (``..-test.pt``
+    for the test split alone) until a file appears, vanishes or changes. Returns the splits by name,
+    (mean, std) or None, and the fingerprint. Raises DataError if a file cannot be read (streamed:
+    only where statistics are computed).
     """
-    train, test = (replace(split, img_size=img_size, channels=channels) for split in (raw.train, raw.test))
-    files = _describe(raw)
+    splits = {name: replace(s, img_size=img_size, channels=channels) for name, s in splits.items()}
+    files = _describe(splits.values(), root)
     stamps = [(name, size, modified) for name, size, modified, _ in files]
     key = hashlib.sha256(repr((DECODER_VERSION, stamps)).encode()).hexdigest()
-    path = raw.root / f".datafree-{img_size}x{channels}.pt"
+    path = root / f".datafree-{img_size}x{channels}{'' if 'train' in splits else '-test'}.pt"
     cache = _load_cache(path, key)
-    stale = False
-    if (len(train) + len(test)) * channels * img_size**2 <= limit:
-        if "train" not in cache:
-            cache["train"], cache["test"] = train.decode().images, test.decode().images
-            stale = True
-        train = TensorSplit(cache["train"], train.labels)
-        test = TensorSplit(cache["test"], test.labels)
-        digest = fingerprint(train, test)
+    known = len(cache)
+    if sum(map(len, splits.values())) * channels * img_size**2 <= limit:
+        if "test" not in cache:
+            cache |= {name: split.decode().images for name, split in splits.items()}
+        splits = {name: TensorSplit(cache[name], split.labels) for name, split in splits.items()}
+        digest = fingerprint(splits.values())
     else:
         listing = [(name, size, label) for name, size, _, label in files]
         digest = hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
     if statistics and "statistics" not in cache:
-        cache["statistics"] = channel_statistics(train)
-        stale = True
-    if stale:
+        cache["statistics"] = channel_statistics(splits["train"])
+    if len(cache) > known:
         _save_cache(path, cache)
-    return train, test, cache.get("statistics"), digest
+    return splits, cache.get("statistics"), digest
 
 
-def fingerprint(train: TensorSplit, test: TensorSplit) -> str:
-    """The first 16 hex digits of SHA-256 over shapes, labels and pixels of both splits."""
+def fingerprint(splits: Iterable[TensorSplit]) -> str:
+    """The first 16 hex digits of SHA-256 over shapes, labels and pixels of the splits."""
     digest = hashlib.sha256()
-    for split in (train, test):
+    for split in splits:
         digest.update(repr(tuple(split.images.shape)).encode())
         digest.update(split.labels.numpy())
         digest.update(split.images.contiguous().numpy())
     return digest.hexdigest()[:16]
 
 
-def _describe(raw: Raw) -> list[tuple[str, int, int, int]]:
+def _describe(splits: Iterable[FileSplit], root: Path) -> list[tuple[str, int, int, int]]:
     """Relative path, size, modification time and label of every file."""
     rows = []
-    for split in (raw.train, raw.test):
+    for split in splits:
         for path, label in zip(split.paths, split.labels.tolist(), strict=True):
             try:
                 stat = path.stat()
             except OSError as error:
-                raise DataError(
-                    f"cannot read image {path} ({error.strerror}): replace or delete it"
-                ) from None
-            name = path.relative_to(raw.root).as_posix()
-            rows.append((name, stat.st_size, stat.st_mtime_ns, label))
+                raise DataError(f"cannot read image {path} ({error.strerror}): replace or delete it") from None
+            rows.append((path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns, label))
     return rows
 
 

@@ -5,6 +5,7 @@ kept in memory as uint8; void is 255.
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,47 +44,60 @@ class SegmentationSplit:
         """
         cut = v2.Compose([v2.RandomCrop(size), v2.RandomHorizontalFlip()])
         for rows in torch.randperm(len(self)).split(batch_size)[: len(self) // batch_size]:
-            pairs = [
-                cut(tv_tensors.Image(self.images[i]), tv_tensors.Mask(self.labels[i])) for i in rows.tolist()
-            ]
-            images, labels = (
-                torch.stack([p.as_subclass(Tensor) for p in part]) for part in zip(*pairs, strict=True)
-            )
+            pairs = [cut(tv_tensors.Image(self.images[i]), tv_tensors.Mask(self.labels[i])) for i in rows.tolist()]
+            images, labels = (torch.stack([p.as_subclass(Tensor) for p in part]) for part in zip(*pairs, strict=True))
             yield images.to(device), labels.to(device).long()
 
-    def whole(self, device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every pair by itself: uint8 (1, 3, H, W) and int64 (1, H, W)."""
-        for image, label in zip(self.images, self.labels, strict=True):
-            yield image[None].to(device), label[None].to(device).long()
+    def whole(self, device, batch_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over whole images, in order: uint8 (N, 3, H, W) and int64 (N, H, W).
+
+        A batch is up to ``batch_size`` images that follow each other and are of one size.
+        """
+        for _, rows in itertools.groupby(range(len(self)), lambda row: self.images[row].shape):
+            rows = list(rows)
+            for start in range(rows[0], rows[-1] + 1, batch_size):
+                part = slice(start, min(start + batch_size, rows[-1] + 1))
+                images, labels = torch.stack(self.images[part]), torch.stack(self.labels[part])
+                yield images.to(device), labels.to(device).long()
+
+    def to(self, device, limit: int = 2**30) -> "SegmentationSplit":
+        """The split on ``device``, or itself if it takes more than ``limit`` bytes."""
+        if sum(tensor.numel() for tensor in (*self.images, *self.labels)) > limit:
+            return self
+        return SegmentationSplit([i.to(device) for i in self.images], [i.to(device) for i in self.labels])
 
 
 @dataclass
 class Segmentation:
-    """Two splits, the classes' names and their colours, (R, G, B) each."""
+    """Two splits (train None if it was not asked for), the classes' names and colours, (R, G, B) each."""
 
     name: str
-    train: SegmentationSplit
-    test: SegmentationSplit
     class_names: tuple[str, ...]
     colours: tuple[tuple[int, int, int], ...]
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    test: SegmentationSplit
+    train: SegmentationSplit | None = None
     padding, flip = 0, False  # what a Transform adds; here the crops do it
     channels, img_size = 3, SHORT_SIDE
 
     @property
     def fingerprint(self) -> str:
-        """The first 16 hex digits of SHA-256 over sizes, pixels and labels of both splits."""
+        """The first 16 hex digits of SHA-256 over sizes, pixels and labels of the splits that were read."""
         digest = hashlib.sha256()
-        for split in (self.train, self.test):
+        for split in filter(None, (self.train, self.test)):
             for tensor in (*split.images, *split.labels):
                 digest.update(repr(tuple(tensor.shape)).encode())
-                digest.update(tensor.numpy())
+                digest.update(tensor.cpu().numpy())
         return digest.hexdigest()[:16]
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def to(self, device) -> "Segmentation":
+        """A copy whose splits live on ``device`` where they fit, see `SegmentationSplit.to`."""
+        return replace(self, test=self.test.to(device), train=self.train and self.train.to(device))
 
     def paint(self, labels: Tensor) -> Tensor:
         """Labels (N, H, W) as pictures in 0..1, (N, 3, H, W); void is black."""
@@ -97,10 +111,11 @@ def get_segmentation(
     root: str | Path = "./datasets",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    train: bool = True,
 ) -> Segmentation:
     """Reads one of ``SEGMENTATIONS`` from ``root`` or the folder of that name below it.
 
-    mean and std, three values each, replace the dataset's own.
+    mean and std, three values each, replace 0.5. train: False to read the test split alone.
 
     Raises DataError, one line that names the cure.
     """
@@ -108,8 +123,12 @@ def get_segmentation(
         known = " ".join(SEGMENTATIONS)
         raise DataError(f"unknown segmentation data '{name}'; choose one of: {known}")
     mean, std = per_channel("mean", mean, 3), per_channel("std", std, 3)
-    data = SEGMENTATIONS[name](Path(root).expanduser())
-    return replace(data, mean=mean or data.mean, std=std or data.std)
+    source = SEGMENTATIONS[name]
+    root = Path(root).expanduser()
+    splits = ("train", "test") if train else ("test",)
+    found = {split: _read(source.pairs(root, split), len(source.colours), source.void) for split in splits}
+    half = (0.5, 0.5, 0.5)
+    return Segmentation(name, tuple(source.colours), tuple(source.colours.values()), mean or half, std or half, **found)
 
 
 def _place(root: Path, name: str, folders: tuple[str, ...], wanted: str) -> Path:
@@ -118,9 +137,47 @@ def _place(root: Path, name: str, folders: tuple[str, ...], wanted: str) -> Path
         if (place / wanted).exists():
             return place
     raise DataError(
-        f"no {name}: looked for {wanted} in {', '.join(map(str, places))}; unpack it into one of "
-        "these folders"
+        f"no {name}: looked for {wanted} in {', '.join(map(str, places))}; unpack it into one of these folders"
     )
+
+
+def _camvid(root: Path, split: str) -> list[tuple[Path, Path]]:
+    """CamVid as SegNet has it: 367 + 233 frames."""
+    place = _place(root, "camvid", ("CamVid", "camvid", "camvid/CamVid", "."), f"{split}annot")
+    frames = sorted(p for p in (place / split).glob("*") if p.suffix.lower() in SUFFIXES)
+    if not frames:
+        raise DataError(f"no images in {place / split}: unpack CamVid again")
+    return [(path, place / f"{split}annot" / f"{path.stem}.png") for path in frames]
+
+
+def _nyuv2(root: Path, split: str) -> list[tuple[Path, Path]]:
+    """NYUv2: 795 + 654 rooms.
+
+    Files: splits.mat, 480_640/IMAGE/<index - 1>.png, and for each split
+    nyuv2-meta-data/{train,test}_labels_13/new_nyu_class13_<index>.png.
+    """
+    place = _place(root, "nyuv2", ("nyuv2", "NYUv2", "."), "splits.mat")
+    path = place / "splits.mat"
+    try:
+        numbers = scipy.io.loadmat(path)[f"{split}Ndxs"].flatten().tolist()
+    except Exception as error:  # scipy raises nearly anything on damaged files
+        raise DataError(f"cannot read {path} ({one_line(error)}): fetch it again") from None
+    images, labels = place / "480_640" / "IMAGE", place / "nyuv2-meta-data" / f"{split}_labels_13"
+    return [(images / f"{i - 1}.png", labels / f"new_nyu_class13_{i:04}.png") for i in numbers]
+
+
+@dataclass(frozen=True)
+class SegmentationSource:
+    """Where a data set's pairs of image and label file are, for (root, split), and what the labels mean.
+
+    colours: by name, in the order of the classes. void: its value in the files, where the classes
+    have the other values from 0. paper: what the papers call the data.
+    """
+
+    pairs: Callable[[Path, str], list[tuple[Path, Path]]]
+    colours: dict[str, tuple[int, int, int]]
+    void: int
+    paper: str
 
 
 CAMVID = {
@@ -129,64 +186,23 @@ CAMVID = {
     "sign": (192, 128, 128), "fence": (64, 64, 128), "car": (64, 0, 128),
     "pedestrian": (64, 64, 0), "bicyclist": (0, 128, 192),
 }  # fmt: skip
-
-
-def load_camvid(root: Path) -> Segmentation:
-    """CamVid as SegNet has it: 367 + 233 frames, 11 classes; 11 in the label files is void."""
-    place = _place(root, "camvid", ("CamVid", "camvid", "camvid/CamVid", "."), "trainannot")
-    table = np.full(256, -1)
-    table[:12] = [*range(11), VOID]
-    splits = []
-    for part in ("train", "test"):
-        frames = sorted(p for p in (place / part).glob("*") if p.suffix.lower() in SUFFIXES)
-        if not frames:
-            raise DataError(f"no images in {place / part}: unpack CamVid again")
-        pairs = [(path, place / f"{part}annot" / f"{path.stem}.png") for path in frames]
-        splits.append(_read(pairs, table, "0..10, or 11 for void"))
-    return Segmentation("camvid", *splits, tuple(CAMVID), tuple(CAMVID.values()))
-
-
 NYUV2 = {
     "bed": (0, 0, 255), "books": (233, 89, 48), "ceiling": (0, 218, 0), "chair": (149, 0, 240),
     "floor": (222, 241, 24), "furniture": (255, 206, 206), "objects": (0, 224, 229),
     "picture": (106, 136, 204), "sofa": (117, 29, 41), "table": (240, 35, 235),
     "tv": (0, 167, 156), "wall": (249, 139, 0), "window": (225, 229, 194),
 }  # fmt: skip
+SEGMENTATIONS = {
+    "camvid": SegmentationSource(_camvid, CAMVID, 11, "CamVid"),
+    "nyuv2": SegmentationSource(_nyuv2, NYUV2, 0, "NYUv2"),
+}
 
 
-def load_nyuv2(root: Path) -> Segmentation:
-    """NYUv2: 795 + 654 rooms, 13 classes; 0 in the label files is void.
-
-    Files: splits.mat, 480_640/IMAGE/<index - 1>.png, and for each split
-    nyuv2-meta-data/{train,test}_labels_13/new_nyu_class13_<index>.png.
-    """
-    place = _place(root, "nyuv2", ("nyuv2", "NYUv2", "."), "splits.mat")
-    path = place / "splits.mat"
-    try:
-        indices = scipy.io.loadmat(path)
-        parts = {part: indices[f"{part}Ndxs"].flatten().tolist() for part in ("train", "test")}
-    except Exception as error:  # scipy raises nearly anything on damaged files
-        raise DataError(f"cannot read {path} ({one_line(error)}): fetch it again") from None
+def _read(pairs: list[tuple[Path, Path]], num_classes: int, void: int) -> SegmentationSplit:
+    """Decodes and resizes pairs of image and label file; ``void`` is its value in the files."""
+    classes = list(range(num_classes))
     table = np.full(256, -1)
-    table[:14] = [VOID, *range(13)]
-    splits = []
-    for part, numbers in parts.items():
-        labels = place / "nyuv2-meta-data" / f"{part}_labels_13"
-        pairs = [
-            (place / "480_640" / "IMAGE" / f"{i - 1}.png", labels / f"new_nyu_class13_{i:04}.png")
-            for i in numbers
-        ]
-        splits.append(_read(pairs, table, "1..13, or 0 for void"))
-    return Segmentation("nyuv2", *splits, tuple(NYUV2), tuple(NYUV2.values()))
-
-
-SEGMENTATIONS: dict[str, Callable[[Path], Segmentation]] = {
-    "camvid": load_camvid, "nyuv2": load_nyuv2,
-}  # fmt: skip
-
-
-def _read(pairs: list[tuple[Path, Path]], table: np.ndarray, known: str) -> SegmentationSplit:
-    """Decode and resize; ``table`` maps the files' label values, -1 marks impossible ones."""
+    table[: num_classes + 1] = [*classes[:void], VOID, *classes[void:]]
     images, labels = [], []
     for image_path, label_path in tqdm(pairs, "reading images", leave=False, delay=2, disable=None):
         image, label = _open(image_path, "RGB"), _open(label_path, None)
@@ -198,13 +214,14 @@ def _read(pairs: list[tuple[Path, Path]], table: np.ndarray, known: str) -> Segm
         values = np.asarray(label)
         if values.ndim != 2 or values.dtype != np.uint8:
             raise DataError(f"{label_path} is no 8-bit grey or palette picture: fetch it again")
-        if (table[values] < 0).any():
-            wrong = values[table[values] < 0].flat[0]
-            raise DataError(f"{label_path} holds the label {wrong}: {known} is possible")
+        mapped = table[values]
+        if (mapped < 0).any():
+            wrong = values[mapped < 0].flat[0]
+            raise DataError(f"{label_path} holds the label {wrong}: 0..{num_classes} is possible, {void} for void")
         scale = SHORT_SIDE / min(image.size)
         size = tuple(int(side * scale) for side in image.size)
         image = image.resize(size, Image.Resampling.BILINEAR)
-        label = Image.fromarray(table[values].astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+        label = Image.fromarray(mapped.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
         labels.append(torch.from_numpy(np.array(label)))
     return SegmentationSplit(images, labels)
@@ -216,8 +233,6 @@ def _open(path: Path, mode: str | None) -> Image.Image:
             image.load()
             return image.convert(mode) if mode else image
     except FileNotFoundError:
-        raise DataError(
-            f"{path} is missing: every image needs its label file, unpack the data again"
-        ) from None
+        raise DataError(f"{path} is missing: every image needs its label file, unpack the data again") from None
     except Exception as error:  # decoders raise nearly anything on damaged files
         raise DataError(f"cannot read {path} ({one_line(error)}): fetch it again") from None

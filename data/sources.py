@@ -1,21 +1,28 @@
 """Where named datasets come from: scikit-learn, files already on disk, torchvision's downloads.
 
-Every loader takes (root, download, attribute) and returns ``Raw`` or raises DataError.
+Every loader takes (root, splits, download, attribute), where splits are ("train", "test") or ("test",),
+touches no file that only another split needs, and returns ``Raw`` or raises DataError.
 """
 
 import contextlib
+import functools
 import gzip
 import io
+import itertools
 import random
 import shutil
 import socket
+import sys
 import tempfile
+import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torchvision import datasets
 
 from .folder import Raw, class_folders, images_below, list_split, load_folder
@@ -24,12 +31,75 @@ from .splits import DataError, FileSplit, TensorSplit, one_line
 DIGITS_TEST_PER_CLASS = 50
 DOWNLOAD_TIMEOUT = 20  # seconds without a byte
 ARCHIVES = (".gz", ".zip", ".tgz", ".tar")
-CIFAR10_CLASSES = (
-    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-)  # fmt: skip
+DIGITS = tuple("0123456789")
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def load_digits(root: Path, download: bool, attribute: str | None) -> Raw:
+@dataclass(frozen=True)
+class Files:
+    """A loader of files that lie in ``<root>/<name>``, ``<root>/<also>`` or ``<root>``.
+
+    kinds: (files, read) in order of preference. ``files(split)`` names what must exist in the folder
+        (or with the ending .gz); ``read(folder, splits, attribute)`` returns ``Raw``, or None if
+        it is another data set after all.
+    fetch: downloads into a folder what the splits need.
+    """
+
+    name: str
+    kinds: tuple[tuple[Callable, Callable], ...]
+    fetch: Callable[[Path, Sequence[str]], object]
+    also: tuple[str, ...] = ()
+
+    def __call__(self, root: Path, splits: Sequence[str], download: bool, attribute: str | None) -> Raw:
+        places = [root / folder for folder in (self.name, *self.also, "")]
+        kinds = [
+            (list(dict.fromkeys(file for split in splits for file in files(split))), read) for files, read in self.kinds
+        ]
+
+        def find() -> Raw | None:
+            for (files, read), place in itertools.product(kinds, places):
+                if not all(_plain_or_gz(place / file) for file in files):
+                    continue
+                try:
+                    if found := read(place, splits, attribute):
+                        return found
+                except DataError:
+                    raise
+                except ImportError as error:  # scipy reads SVHN
+                    raise DataError(f"{one_line(error)}: install it with pip") from None
+                except Exception as error:  # pickle, scipy and text parsers raise nearly anything
+                    raise DataError(
+                        f"{', '.join(files)} in {place} is incomplete or damaged ({one_line(error)}): delete it "
+                        "and run again to download it, or put a good copy there"
+                    ) from None
+            return None
+
+        found, reason = find(), "was not asked for"
+        if not found and download:
+            reason = _download(self.fetch, root, splits)
+            found = find()
+        if not found:
+            wanted = " or ".join(", ".join(files) for files, _ in kinds)
+            raise DataError(
+                f"no {self.name}: looked for {wanted} in {', '.join(map(str, places))}, and a download {reason}; "
+                "put the files into one of these folders, or run once with a network"
+            )
+        return found
+
+
+def _tensors(images: np.ndarray, labels: Sequence[int]) -> TensorSplit:
+    """A split of images (N, C, H, W) or grey (N, H, W)."""
+    images = torch.from_numpy(np.array(images, np.uint8, order="C"))
+    images = images[:, None] if images.ndim == 3 else images
+    return TensorSplit(images, torch.from_numpy(np.array(labels, np.int64)))
+
+
+def _arrays(class_names: tuple[str, ...], read: Callable) -> Callable:
+    """A kind's ``read`` from one of (folder, split) -> (images, labels)."""
+    return lambda place, splits, _: Raw(class_names, **{split: _tensors(*read(place, split)) for split in splits})
+
+
+def load_digits(root: Path, splits: Sequence[str], *_) -> Raw:
     """scikit-learn's 1,797 digits, 8x8 (E. Alpaydin, C. Kaynak, UCI 1998): nothing to download.
 
     Test: 50 images of each class by a fixed permutation; train: the other 1,297.
@@ -39,319 +109,246 @@ def load_digits(root: Path, download: bool, attribute: str | None) -> Raw:
     except ImportError:
         raise DataError("digits needs scikit-learn: pip install scikit-learn") from None
     found = sklearn_digits()
-    images = np.rint(found.images * (255 / 16)).astype(np.uint8)[:, None]  # values are 0..16
+    images = np.rint(found.images * (255 / 16)).astype(np.uint8)  # values are 0..16
     labels = found.target.astype(np.int64)
     # NumPy promises that RandomState's streams never change, and this one disturbs no other.
     order = np.random.RandomState(0).permutation(len(labels))
     test = np.zeros(len(labels), bool)
     for label in range(10):
         test[order[labels[order] == label][:DIGITS_TEST_PER_CLASS]] = True
-    train, test = (_tensors(images[rows], labels[rows]) for rows in (~test, test))
-    return Raw(train, test, tuple("0123456789"))
+    rows = {"train": ~test, "test": test}
+    return Raw(DIGITS, **{split: _tensors(images[rows[split]], labels[rows[split]]) for split in splits})
 
 
-def load_mnist(root: Path, download: bool, attribute: str | None) -> Raw:
-    """Y. LeCun, C. Cortes, C. Burges: 60,000 + 10,000 digits, 28x28, from IDX files."""
-    return _load_idx("mnist", datasets.MNIST, tuple("0123456789"), root, download)
+def _idx(name: str, cls: type, class_names: tuple[str, ...]) -> Files:
+    """60,000 + 10,000 grey images, 28x28, as four IDX files."""
+
+    def files(split):
+        stem = "t10k" if split == "test" else split
+        return f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"
+
+    def read(place, split):
+        paths = [_plain_or_gz(place / file) for file in files(split)]
+        images, labels = map(read_idx, paths)
+        if len(images) != len(labels) or labels.max(initial=0) >= len(class_names):
+            raise ValueError(f"{paths[1]} does not fit its images")
+        return images, labels
+
+    def fetch(folder, splits):
+        part = cls if "train" in splits else type(cls.__name__, (cls,), {"resources": cls.resources[2:]})
+        part(folder, False, download=True)
+
+    # The bare root comes last: another dataset's files, which have the same names, may lie there.
+    return Files(name, ((files, _arrays(class_names, read)),), fetch, (f"{cls.__name__}/raw",))
 
 
-def load_fashion_mnist(root: Path, download: bool, attribute: str | None) -> Raw:
-    """H. Xiao, K. Rasul, R. Vollgraf 2017: 60,000 + 10,000 garments, 28x28, from IDX files."""
-    cls = datasets.FashionMNIST
-    return _load_idx("fashion-mnist", cls, tuple(cls.classes), root, download)
+# Y. LeCun, C. Cortes, C. Burges: digits.
+load_mnist = _idx("mnist", datasets.MNIST, DIGITS)
+# H. Xiao, K. Rasul, R. Vollgraf 2017: garments.
+load_fashion_mnist = _idx("fashion-mnist", datasets.FashionMNIST, tuple(datasets.FashionMNIST.classes))
 
 
-def load_cifar10(root: Path, download: bool, attribute: str | None) -> Raw:
-    """A. Krizhevsky 2009: 50,000 + 10,000 images, 32x32, 10 classes.
+def read_idx(path: Path) -> np.ndarray:
+    """Reads an IDX file of unsigned bytes, plain or .gz: labels (N,) or images (N, H, W).
 
-    The original batches win over class folders (``{train,test}/<class>/``), which are
-    usually lossy JPEGs and give other accuracies.
+    Format: two zero bytes, type 8, number of dimensions, big-endian 32-bit sizes, values
+    (yann.lecun.com/exdb/mnist). Raises ValueError that names a file whose header and length disagree.
     """
-    places = [root, root / "cifar10"]
-
-    def find() -> Raw | None:
-        found = _find_cifar(datasets.CIFAR10, places)
-        for place in places[::-1]:
-            names = tuple(class_folders(place / "train"))
-            if not found and names == CIFAR10_CLASSES:
-                found = load_folder(place, download, attribute)
-        return found
-
-    wanted = "cifar-10-batches-py or {train,test}/<class> folders"
-    return _find_or_download("cifar10", find, datasets.CIFAR10, wanted, places, root, download)
-
-
-def load_cifar100(root: Path, download: bool, attribute: str | None) -> Raw:
-    """A. Krizhevsky 2009: 50,000 + 10,000 images, 32x32, 100 classes."""
-    places = [root, root / "cifar100"]
-
-    def find() -> Raw | None:
-        return _find_cifar(datasets.CIFAR100, places)
-
-    wanted = "cifar-100-python"
-    return _find_or_download("cifar100", find, datasets.CIFAR100, wanted, places, root, download)
+    dimensions = 3 if "idx3" in path.name else 1
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        if content[:4] != bytes([0, 0, 8, dimensions]):
+            raise ValueError(f"{len(content)} bytes, but no IDX file")
+        start = 4 + 4 * dimensions
+        return np.frombuffer(content, np.uint8, offset=start).reshape(np.frombuffer(content[4:start], ">u4").tolist())
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"{path}: {one_line(error)}") from None
 
 
-def load_svhn(root: Path, download: bool, attribute: str | None) -> Raw:
-    """Y. Netzer et al. 2011: 73,257 + 26,032 house-number digits, 32x32."""
-    places = [root, root / "svhn"]
-    files = ("train_32x32.mat", "test_32x32.mat")
+def _plain_or_gz(path: Path) -> Path | None:
+    return next((p for p in (path, path.with_name(f"{path.name}.gz")) if p.exists()), None)
 
-    def find() -> Raw | None:
-        for place in places:
-            if all((place / file).exists() for file in files):
-                with _damage_is_reported(place / "*_32x32.mat"):
-                    found = [datasets.SVHN(place, split) for split in ("train", "test")]
-                return Raw(*(_tensors(s.data, s.labels) for s in found), tuple("0123456789"))
+
+def _cifar(cls: type) -> tuple[Callable, Callable]:
+    """The original batches: 50,000 + 10,000 images, 32x32."""
+
+    def read(place, splits, attribute):
+        # torchvision wants all batches, whichever it reads.
+        part = cls if "train" in splits else type(cls.__name__, (cls,), {"train_list": []})
+        found = {split: part(place, split == "train") for split in splits}
+        images = {split: _tensors(f.data.transpose(0, 3, 1, 2), f.targets) for split, f in found.items()}
+        return Raw(tuple(found["test"].classes), **images)
+
+    return lambda split: (cls.base_folder,), read
+
+
+def _read_sheets(place, split):
+    """The original pixels as sheets of 40 images a row, lossless WebP in a zip; labels are one byte each.
+
+    Black images that fill the last row of a split do not count.
+    """
+    with zipfile.ZipFile(place / "cifar10_lossless.zip") as archive:
+        names = sorted(n for n in archive.namelist() if n.startswith(f"{split}/") and n[-1] != "/")
+        if names != [f"{split}/{i:02}.webp" for i in range(len(names) or 1)]:
+            raise ValueError(f"sheets of {split} are missing")
+        sheets = [np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB")) for name in names]
+        labels = np.frombuffer(archive.read(f"{split}_labels.bin"), np.uint8)
+    rows = np.concatenate(sheets).reshape(-1, 32, 40, 32, 3)
+    images = rows.transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)
+    n = np.flatnonzero(images.any((1, 2, 3)))[-1] + 1
+    if len(labels) < n or labels[:n].max() > 9:
+        raise ValueError(f"{split}_labels.bin does not fit its images")
+    return images[:n], labels[:n]
+
+
+def _read_cifar10_folders(place, splits, attribute):
+    if tuple(class_folders(place / splits[0])) != CIFAR10_CLASSES:
         return None
-
-    def fetch(folder: Path, download: bool) -> None:
-        for split in ("train", "test"):
-            datasets.SVHN(folder, split, download=download)
-
-    return _find_or_download("svhn", find, fetch, " and ".join(files), places, root, download)
-
-
-def load_usps(root: Path, download: bool, attribute: str | None) -> Raw:
-    """J. Hull 1994: 7,291 + 2,007 handwritten digits of envelopes, 16x16, grey."""
-    places = [root, root / "usps"]
-    files = ("usps.bz2", "usps.t.bz2")
-
-    def find() -> Raw | None:
-        for place in places:
-            if all((place / file).exists() for file in files):
-                with _damage_is_reported(place / "usps*.bz2"):
-                    found = [datasets.USPS(place, train) for train in (True, False)]
-                pairs = (_tensors(s.data[:, None], s.targets) for s in found)
-                return Raw(*pairs, tuple("0123456789"))
-        return None
-
-    def fetch(folder: Path, download: bool) -> None:
-        for train in (True, False):
-            datasets.USPS(folder, train, download=download)
-
-    return _find_or_download("usps", find, fetch, " and ".join(files), places, root, download)
+    raw = load_folder(place, splits)
+    paths = [*raw.test.paths, *(raw.train.paths if raw.train else ())]
+    if any(path.suffix.lower() in (".jpg", ".jpeg") for path in paths):
+        _notice("cifar10: JPEG copies, on which networks trained on the original pixels lose 10 to 13 points")
+    return raw
 
 
-def load_celeba(root: Path, download: bool, attribute: str | None) -> Raw:
-    """Z. Liu et al. 2015: 162,770 + 19,962 aligned faces (the validation part is not used).
+@functools.cache  # said once
+def _notice(text: str) -> None:
+    print(text, file=sys.stderr)
 
-    One of the 40 attributes is the label; by default the one nearest to half of the train
-    split, since accuracies on unbalanced ones, or averaged over all, say little.
+
+# A. Krizhevsky 2009: 10 and 100 classes. Lossless copies stand before class folders, usually lossy JPEGs.
+load_cifar10 = Files(
+    "cifar10",
+    (
+        _cifar(datasets.CIFAR10),
+        (lambda _: ("cifar10_lossless.zip",), _arrays(CIFAR10_CLASSES, _read_sheets)),
+        (lambda split: (f"{split}/airplane",), _read_cifar10_folders),
+    ),
+    lambda folder, _: datasets.CIFAR10(folder, False, download=True),
+    ("cifar10_lossless",),
+)
+load_cifar100 = Files(
+    "cifar100", (_cifar(datasets.CIFAR100),), lambda folder, _: datasets.CIFAR100(folder, False, download=True)
+)
+
+
+def _read_svhn(place, split):
+    found = datasets.SVHN(place, split)
+    return found.data, found.labels
+
+
+# Y. Netzer et al. 2011: 73,257 + 26,032 house-number digits, 32x32.
+load_svhn = Files(
+    "svhn",
+    ((lambda split: (f"{split}_32x32.mat",), _arrays(DIGITS, _read_svhn)),),
+    lambda folder, splits: [datasets.SVHN(folder, split, download=True) for split in splits],
+)
+
+
+def _read_usps(place, split):
+    found = datasets.USPS(place, split == "train")
+    return found.data, found.targets
+
+
+# J. Hull 1994: 7,291 + 2,007 handwritten digits of envelopes, 16x16, grey.
+load_usps = Files(
+    "usps",
+    ((lambda split: ("usps.t.bz2" if split == "test" else "usps.bz2",), _arrays(DIGITS, _read_usps)),),
+    lambda folder, splits: [datasets.USPS(folder, split == "train", download=True) for split in splits],
+)
+
+
+def _read_celeba(place, splits, attribute):
+    """One of the 40 attributes is the label; by default the one nearest to half of the train split.
+
+    Accuracies on unbalanced attributes, or averaged over all, say little. The lists name all images;
+    without the train split's lines, the default is the most balanced one of what they name.
     """
-    places = [root / "celeba", root]
-    files = ("list_attr_celeba.txt", "list_eval_partition.txt", "img_align_celeba")
-
-    def find() -> Raw | None:
-        for place in places:
-            if all((place / file).exists() for file in files):
-                with _damage_is_reported(place / "*.txt"):
-                    return _read_celeba(place, attribute)
-        return None
-
-    wanted = ", ".join(files)
-    return _find_or_download("celeba", find, datasets.CelebA, wanted, places, root, download)
-
-
-def load_caltech101(root: Path, download: bool, attribute: str | None) -> Raw:
-    """L. Fei-Fei et al. 2004: 8,677 images of 101 classes, without the background's.
-
-    Split as published, see `split_class`.
-    """
-    places = [root / "caltech101", root]
-
-    def find() -> Raw | None:
-        for place in places:
-            if (place / "101_ObjectCategories").is_dir():
-                return _read_caltech101(place)
-        return None
-
-    wanted = "101_ObjectCategories"
-    return _find_or_download("caltech101", find, datasets.Caltech101, wanted, places, root, download)
-
-
-def split_class(names: list[str]) -> tuple[list[str], list[str]]:
-    """Train and test images of a class of Caltech-101: max(int(0.2 n), 2) for testing, seed 1.
-
-    Sorted, and the same whatever the order of ``names``; the published script shuffles what the
-    file system happens to list.
-    """
-    test = set(random.Random(1).sample(sorted(names), min(max(len(names) // 5, 2), len(names))))
-    return sorted(set(names) - test), sorted(test)
-
-
-def _read_caltech101(place: Path) -> Raw:
-    folder = place / "101_ObjectCategories"
-    names = tuple(n for n in class_folders(folder) if n != "BACKGROUND_Google")
-    if not names:
-        raise DataError(f"no class folders in {folder}: unpack the original archive there")
-    paths, labels = ([], []), ([], [])
-    for label, name in enumerate(names):
-        images = images_below(folder / name)
-        if len(images) < 3:
-            raise DataError(
-                f"{len(images)} image(s) in {folder / name}: unpack the original "
-                "archive again, every class has 31 or more"
-            )
-        by_name = {path.name: path for path in images}
-        for part, found in enumerate(split_class(list(by_name))):
-            paths[part].extend(by_name[n] for n in found)
-            labels[part].extend([label] * len(found))
-    splits = (FileSplit(p, torch.tensor(n)) for p, n in zip(paths, labels, strict=True))
-    return Raw(*splits, names, place)
-
-
-def load_imagenet(root: Path, download: bool, attribute: str | None) -> Raw:
-    """O. Russakovsky et al. 2015, ILSVRC 2012: 1,281,167 + 50,000 images of 1,000 classes.
-
-    From ``{train,val}/<class>/`` (or ``test`` for ``val``), never downloaded. The classes are the
-    folders that both splits have, sorted by name, which is the published order of the labels.
-    """
-    places = [root / "imagenet", root]
-    for place in places:
-        for folder in (place / "val", place / "test"):
-            names = sorted({*class_folders(place / "train")} & {*class_folders(folder)})
-            if names:
-                splits = (list_split(split, names) for split in (place / "train", folder))
-                return Raw(*splits, tuple(names), place)
-    raise DataError(
-        f"no imagenet: looked for train/<class>/ and val/<class>/ in {places[0]} and {places[1]}; "
-        "it is not downloaded: register at image-net.org and put the images there, those for "
-        "validation into class folders of the same names, too"
-    )
-
-
-def _read_celeba(place: Path, attribute: str | None) -> Raw:
     _, header, *lines = (place / "list_attr_celeba.txt").read_text().splitlines()
     names, rows = header.split(), [line.split() for line in lines]
     if attribute and attribute not in names:
         raise DataError(f"celeba has no attribute '{attribute}'; choose one of: {' '.join(names)}")
     partition = dict(line.split() for line in (place / "list_eval_partition.txt").read_text().splitlines())
-    part = np.array([int(partition[row[0]]) for row in rows])
+    part = np.array([int(partition[row[0]]) for row in rows])  # 0 train, 1 validation, 2 test
     values = np.array([row[1:] for row in rows]) == "1"
-    if attribute:
-        column = names.index(attribute)
-    else:
-        column = int(np.abs(values[part == 0].mean(0) - 0.5).argmin())
-    splits = []
-    for number in (0, 2):  # 0 train, 1 validation, 2 test
-        members = np.flatnonzero(part == number)
+    balance = np.abs(values[part == part.min()].mean(0) - 0.5)
+    column = names.index(attribute) if attribute else int(balance.argmin())
+    found = {}
+    for split in splits:
+        members = np.flatnonzero(part == (2 if split == "test" else 0))
         paths = [place / "img_align_celeba" / rows[i][0] for i in members]
-        splits.append(FileSplit(paths, torch.from_numpy(values[members, column].astype(np.int64))))
-    return Raw(*splits, (f"not {names[column]}", names[column]), place)
+        found[split] = FileSplit(paths, torch.from_numpy(values[members, column].astype(np.int64)))
+    return Raw((f"not {names[column]}", names[column]), **found, root=place)
 
 
-def _load_idx(name: str, cls, class_names: tuple[str, ...], root: Path, download: bool) -> Raw:
-    # The bare root last: another dataset's files, which have the same names, may lie there.
-    places = [root / name, root / cls.__name__ / "raw", root]
-    files = [
-        f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
-    ]
-
-    def find() -> Raw | None:
-        for place in places:
-            found = [_plain_or_gz(place / file) for file in files]
-            if all(found):
-                arrays = [read_idx(path) for path in found]
-                for i in (0, 2):
-                    images, labels = arrays[i : i + 2]
-                    if len(images) != len(labels) or labels.max(initial=0) >= len(class_names):
-                        raise DataError(f"{found[i + 1]} does not fit its images: {_fresh_copy(place)}")
-                return Raw(_tensors(*arrays[:2]), _tensors(*arrays[2:]), class_names)
-        return None
-
-    wanted = f"{', '.join(files)} (plain or .gz)"
-    return _find_or_download(name, find, cls, wanted, places, root, download)
+# Z. Liu et al. 2015: 162,770 + 19,962 aligned faces (the validation part is not used).
+load_celeba = Files(
+    "celeba",
+    ((lambda _: ("list_attr_celeba.txt", "list_eval_partition.txt", "img_align_celeba"), _read_celeba),),
+    lambda folder, _: datasets.CelebA(folder, "test", download=True),
+)
 
 
-def _plain_or_gz(path: Path) -> Path | None:
-    found = [p for p in (path, path.with_name(f"{path.name}.gz")) if p.is_file()]
-    return found[0] if found else None
+def split_class(names: list[str]) -> tuple[list[str], list[str]]:
+    """Train and test images of a class of Caltech-101: max(int(0.2 n), 2) for testing, seed 1.
 
-
-def read_idx(path: Path) -> np.ndarray:
-    """Reads an IDX file of unsigned bytes, plain or .gz: (N,) labels or (N, 1, H, W) images.
-
-    Format: two zero bytes, type 8, number of dimensions, big-endian 32-bit sizes, values
-    (yann.lecun.com/exdb/mnist). Raises DataError if header and length disagree.
+    Sorted, and the same whatever the order of ``names`` or their ending; the published script shuffles
+    what the file system happens to list.
     """
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({one_line(error)}): {_fresh_copy(path.parent)}") from None
-    dimensions = 3 if "idx3" in path.name else 1
-    start = 4 + 4 * dimensions
-    shape = np.frombuffer(content[4:start], ">u4").tolist() if len(content) >= start else []
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) - start != np.prod(shape):
-        raise DataError(
-            f"{path} is no IDX file or is cut off ({len(content)} bytes): {_fresh_copy(path.parent)}"
-        )
-    values = np.frombuffer(content, np.uint8, offset=start)
-    return values.reshape(shape[0], 1, *shape[1:]) if dimensions == 3 else values
+    test = set(random.Random(1).sample(sorted(names), min(max(len(names) // 5, 2), len(names))))
+    return sorted(set(names) - test), sorted(test)
 
 
-def _find_cifar(cls, places: list[Path]) -> Raw | None:
-    for place in places:
-        if (place / cls.base_folder).is_dir():
-            with _damage_is_reported(place / cls.base_folder):
-                train, test = cls(place, train=True), cls(place, train=False)
-            splits = (_tensors(s.data.transpose(0, 3, 1, 2), s.targets) for s in (train, test))
-            return Raw(*splits, tuple(train.classes))
-    return None
+def read_caltech101(place: Path, splits: Sequence[str], *_) -> Raw:
+    """``<place>/101_ObjectCategories/<class>/`` without the background's class, see `split_class`."""
+    folder = place / "101_ObjectCategories"
+    names = tuple(n for n in class_folders(folder) if n != "BACKGROUND_Google")
+    if not names:
+        raise DataError(f"no class folders in {folder}: unpack the original archive there")
+    paths, labels = {"train": [], "test": []}, {"train": [], "test": []}
+    for label, name in enumerate(names):
+        by_name = {path.name: path for path in images_below(folder / name)}
+        if len(by_name) < 3:
+            cure = "unpack the original archive again, every class has 31 or more"
+            raise DataError(f"{len(by_name)} image(s) in {folder / name}: {cure}")
+        for split, found in zip(paths, split_class(list(by_name)), strict=True):
+            paths[split] += [by_name[n] for n in found]
+            labels[split] += [label] * len(found)
+    return Raw(names, **{s: FileSplit(paths[s], torch.tensor(labels[s])) for s in splits}, root=place)
 
 
-def _tensors(images: np.ndarray, labels) -> TensorSplit:
-    return TensorSplit(
-        torch.from_numpy(np.array(images, np.uint8, order="C")), torch.from_numpy(np.array(labels, np.int64))
+# L. Fei-Fei et al. 2004: 8,677 images of 101 classes; as it is, or as split_caltech101.py divides it.
+load_caltech101 = Files(
+    "caltech101",
+    ((lambda _: ("101_ObjectCategories",), read_caltech101), (lambda split: (f"{split}/accordion",), load_folder)),
+    lambda folder, _: datasets.Caltech101(folder, download=True),
+)
+
+
+def load_imagenet(root: Path, splits: Sequence[str], *_) -> Raw:
+    """O. Russakovsky et al. 2015, ILSVRC 2012: 1,281,167 + 50,000 images of 1,000 classes.
+
+    From ``{train,val}/<class>/`` (or ``test`` for ``val``), never downloaded. The classes are the
+    folders that all splits read have, sorted by name, which is the published order of the labels.
+    """
+    places = [root / "imagenet", root]
+    for place, second in itertools.product(places, ("val", "test")):
+        folders = {split: place / (second if split == "test" else split) for split in splits}
+        names = sorted(set.intersection(*(set(class_folders(folder)) for folder in folders.values())))
+        if names:
+            found = {split: list_split(folder, names) for split, folder in folders.items()}
+            return Raw(tuple(names), **found, root=place)
+    wanted = " and ".join(f"{'val' if split == 'test' else split}/<class>/" for split in splits)
+    raise DataError(
+        f"no imagenet: looked for {wanted} in {places[0]} and {places[1]}; "
+        "it is not downloaded: register at image-net.org and put the images there, those for "
+        "validation into class folders of the same names, too"
     )
 
 
-def _fresh_copy(path: Path) -> str:
-    return f"delete it in {path} and run again to download it, or put a good copy there"
-
-
-@contextlib.contextmanager
-def _damage_is_reported(path: Path):
-    try:
-        yield
-    except DataError:
-        raise
-    except ImportError as error:  # scipy reads SVHN
-        raise DataError(f"{one_line(error)}: install it with pip") from None
-    except Exception as error:  # pickle, scipy and text parsers raise nearly anything
-        raise DataError(
-            f"{path} is incomplete or damaged ({one_line(error)}): delete it and run again to "
-            "download it, or put a good copy there"
-        ) from None
-
-
-def _find_or_download(
-    name: str,
-    find: Callable[[], Raw | None],
-    fetch: Callable,
-    wanted: str,
-    places: list[Path],
-    root: Path,
-    download: bool,
-) -> Raw:
-    """What ``find()`` finds, if need be after ``fetch(folder, download=True)``."""
-    found = find()
-    reason = "was not asked for"
-    if not found and download:
-        reason = _download(fetch, root)
-        found = find()
-    if not found:
-        folders = ", ".join(str(place) for place in places)
-        raise DataError(
-            f"no {name}: looked for {wanted} in {folders}, and a download {reason}; put the files "
-            "into one of these folders, or run once with a network"
-        )
-    return found
-
-
-def _download(fetch: Callable, root: Path) -> str:
+def _download(fetch: Callable, root: Path, splits: Sequence[str]) -> str:
     """Fetches into a temporary folder in root and then moves the files; returns what went wrong.
 
     A failed or interrupted download therefore leaves nothing behind.
@@ -364,7 +361,7 @@ def _download(fetch: Callable, root: Path) -> str:
         temporary = Path(tempfile.mkdtemp(prefix=".download-", dir=root))
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
         with contextlib.redirect_stdout(io.StringIO()):  # the progress bar goes to stderr
-            fetch(temporary, download=True)
+            fetch(temporary, splits)
         for path in temporary.rglob("*"):
             if path.is_file() and path.suffix not in ARCHIVES:
                 target = root / path.relative_to(temporary)

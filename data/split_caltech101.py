@@ -3,28 +3,29 @@
     python -m data.split_caltech101 DIR    # DIR/101_ObjectCategories -> DIR/{train,test}/<class>/
 
 `get_dataset("caltech101")` splits by itself; the command makes the same split as class folders of
-links, for other programs.
+links, for other programs, or to leave the train images behind.
 """
 
 import os
 import sys
 from pathlib import Path
 
-from data.sources import split_class
+from data.sources import read_caltech101
+from data.splits import DataError
 
 
 def main(root: Path) -> None:
-    classes = root / "101_ObjectCategories"
-    if not classes.is_dir():
-        sys.exit(f"no folder {classes}: unpack the original archive there")
-    for folder in sorted(p for p in classes.iterdir() if p.is_dir()):
-        parts = split_class([p.name for p in folder.glob("*.jpg")])
-        for part, names in zip(("train", "test"), parts, strict=True):
-            target = root / part / folder.name
-            target.mkdir(parents=True, exist_ok=True)
-            for name in names:
-                if not (target / name).exists():
-                    os.link(folder / name, target / name)
+    try:
+        found = read_caltech101(root, ("train", "test"))
+    except DataError as error:
+        sys.exit(str(error))
+    for split in ("train", "test"):
+        files = getattr(found, split)
+        for path, label in zip(files.paths, files.labels.tolist(), strict=True):
+            target = root / split / found.class_names[label] / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():
+                os.link(path, target)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,7 @@ class Batches:
         kept = len(split) // batch_size * batch_size if drop_last else len(split)
         if not kept:
             raise DataError(
-                f"a batch of {batch_size} does not fit into a split of {len(split)} images: "
-                "choose a smaller batch size"
+                f"a batch of {batch_size} does not fit into a split of {len(split)} images: choose a smaller batch size"
             )
         self.kept = kept
 
@@ -62,32 +61,42 @@ class Batches:
         return self.split.read(order[: self.kept], self.batch_size, self.device)
 
 
+class Split:
+    """What splits share: they have ``labels`` and a ``device``."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, batch_size: int, shuffle=False, drop_last=False, device=None) -> Batches:
+        """Batches on ``device`` (default: the split's), of files decoded by worker processes.
+
+        Raises DataError if there are none, as with ``drop_last`` and a batch larger than the split,
+        and while iterating if a file cannot be read.
+        """
+        return Batches(self, batch_size, shuffle, drop_last, self.device if device is None else device)
+
+
 @dataclass
-class TensorSplit:
+class TensorSplit(Split):
     """Images uint8 (N, C, H, W) and labels int64 (N,), both on one device."""
 
     images: Tensor
     labels: Tensor
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
 
     def to(self, device) -> "TensorSplit":
         return TensorSplit(self.images.to(device), self.labels.to(device))
 
-    def batches(self, batch_size, shuffle=False, drop_last=False, device=None) -> Batches:
-        """Batches on ``device`` (default: where the images are). Raises DataError if there are
-        none, as with ``drop_last`` and a batch larger than the split."""
-        device = self.images.device if device is None else device
-        return Batches(self, batch_size, shuffle, drop_last, device)
-
     def take(self, rows: Tensor) -> "TensorSplit":
         """The split of these rows, int64 (n,) on the CPU."""
-        rows = rows.to(self.images.device)
+        rows = rows.to(self.device)
         return TensorSplit(self.images[rows], self.labels[rows])
 
-    def held(self, limit: float) -> "TensorSplit":
-        """Itself, as `FileSplit.held`."""
+    def in_memory(self, limit: float) -> "TensorSplit":
+        """Itself, as `FileSplit.in_memory`."""
         return self
 
     def scan(self, batch_size: int, device) -> Iterator[tuple[Tensor, list[tuple[int, str]]]]:
@@ -97,16 +106,13 @@ class TensorSplit:
 
     def read(self, order: Tensor, batch_size: int, device) -> Iterator[tuple[Tensor, Tensor]]:
         # The order travels once, so that cutting a batch on a GPU never waits for the host.
-        for rows in order.to(self.images.device).split(batch_size):
+        for rows in order.to(self.device).split(batch_size):
             yield self.images[rows].to(device), self.labels[rows].to(device)
 
 
 @dataclass
-class FileSplit:
-    """Image files and their labels int64 (N,), decoded and resized whenever they are read.
-
-    ``device`` is where batches go unless ``batches`` is told otherwise.
-    """
+class FileSplit(Split):
+    """Image files and their labels int64 (N,), decoded and resized whenever they are read."""
 
     paths: list[Path]
     labels: Tensor
@@ -114,28 +120,16 @@ class FileSplit:
     channels: int = 3
     device: str | torch.device = "cpu"
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def to(self, device) -> "FileSplit":
         return replace(self, device=device)
 
-    def batches(self, batch_size, shuffle=False, drop_last=False, device=None) -> Batches:
-        """Batches on ``device``, decoded by worker processes. Iterating raises DataError if a
-        file cannot be read, and this call does if there are no batches."""
-        device = self.device if device is None else device
-        return Batches(self, batch_size, shuffle, drop_last, device)
-
     def take(self, rows: Tensor) -> "FileSplit":
         """The split of these rows, int64 (n,) on the CPU."""
-        paths = (
-            self.paths[rows.numpy()]
-            if isinstance(self.paths, np.ndarray)
-            else [self.paths[row] for row in rows.tolist()]
-        )
+        array = isinstance(self.paths, np.ndarray)
+        paths = self.paths[rows.numpy()] if array else [self.paths[row] for row in rows.tolist()]
         return replace(self, paths=paths, labels=self.labels[rows])
 
-    def held(self, limit: float) -> "TensorSplit | FileSplit":
+    def in_memory(self, limit: float) -> "TensorSplit | FileSplit":
         """The split decoded, if its pixels fit into `limit` bytes, else as it is."""
         fits = len(self) * self.channels * self.img_size**2 <= limit
         return self.decode() if fits else self
@@ -198,7 +192,7 @@ class FileSplit:
             self,
             batch_size=None,
             sampler=chunks,
-            num_workers=min(4, _cpus(), len(chunks) - 1),
+            num_workers=min(8, _cpus(), len(chunks) - 1),
             pin_memory=pin_memory,
             # DataLoader draws a seed for its workers: not from the generator that runs save.
             generator=torch.Generator(),

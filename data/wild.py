@@ -44,7 +44,7 @@ def open_wild(root: Path, img_size: int, channels: int) -> tuple[WildSplit, str]
     """The images of a folder or zip, sorted by name, and a fingerprint of their names and sizes.
 
     Nothing is decoded yet. Files without an image's ending and hidden ones are left out. Raises
-    DataError if there is no such folder or zip, or no image in it.
+    DataError if it is neither, or there is no image in it.
     """
     try:
         if root.is_dir():
@@ -53,8 +53,7 @@ def open_wild(root: Path, img_size: int, channels: int) -> tuple[WildSplit, str]
             with zipfile.ZipFile(root) as archive:
                 files = [(os.fsencode(i.filename), i.file_size, i.CRC) for i in archive.infolist()]
         else:
-            what = "is damaged or no zip file" if root.exists() else "does not exist"
-            raise DataError(f"image set {root} {what}: name a folder, a zip or a data set")
+            raise DataError(f"image set {root} is damaged or no zip file: name a folder, a zip or a data set")
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"cannot read image set {root} ({one_line(error)}): check it") from None
     endings = tuple(os.fsencode(suffix) for suffix in SUFFIXES)

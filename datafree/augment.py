@@ -5,12 +5,14 @@ holds the generator states reproduces a run.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def random_crop(x, padding):
+def random_crop(x: Tensor, padding: int) -> Tensor:
     """Crop each image of x (N, C, H, W) at its own uniform place from a zero-padded copy.
 
     Equal in distribution to torchvision's `RandomCrop((H, W), padding)`.
@@ -45,13 +47,13 @@ class _Crop(torch.autograd.Function):
         return _Crop.apply(gradient, 2 * p - top, 2 * p - left, p), None, None, None
 
 
-def random_flip(x):
+def random_flip(x: Tensor) -> Tensor:
     """Mirror each image of x (N, C, H, W) left-right with probability 1/2."""
     flip = torch.rand(x.shape[0], 1, 1, 1, device=x.device) < 0.5
     return torch.where(flip, x.flip(-1), x)
 
 
-def random_resized_crop(x, area):
+def random_resized_crop(x: Tensor, area: float) -> Tensor:
     """Cut a box from each image of x (N, C, H, W), as floats, and stretch it to the full size.
 
     Equal in distribution to torchvision's `RandomResizedCrop((H, W), scale=(area, 1))`: a share of
@@ -89,12 +91,19 @@ class Transform:
         area: instead of that crop, a random resized one of at least this share of the image.
     """
 
-    def __init__(self, mean, std, padding=0, flip=False, area=None):
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        padding: int = 0,
+        flip: bool = False,
+        area: float | None = None,
+    ):
         self.mean, self.std, self.padding, self.flip = mean, std, padding, flip
         self.area, self.tensors = area, {}
 
     @classmethod
-    def of(cls, data, card=None, area=None):
+    def of(cls, data, card: Mapping | None = None, area: float | None = None) -> "Transform":
         """The transform of a data set, for a network whose checkpoint has this card, if any.
 
         A network must meet images with the statistics that it was trained with, the card's.
@@ -102,12 +111,12 @@ class Transform:
         card = card or {}
         return cls(card.get("mean", data.mean), card.get("std", data.std), data.padding, data.flip, area)
 
-    def __call__(self, x, train=False):
+    def __call__(self, x: Tensor, train: bool = False) -> Tensor:
         """(N, C, H, W) uint8 -> float32, normalised, channels_last; augmented if `train`."""
         x = self.augment(x) if train else x
         return self.normalize(x.float() / 255).contiguous(memory_format=torch.channels_last)
 
-    def augment(self, x):
+    def augment(self, x: Tensor) -> Tensor:
         """The train transform's random crop and mirroring of images x (N, C, H, W)."""
         if self.area:
             x = random_resized_crop(x, self.area)
@@ -115,12 +124,12 @@ class Transform:
             x = random_crop(x, self.padding)
         return random_flip(x) if self.flip else x
 
-    def normalize(self, x):
+    def normalize(self, x: Tensor) -> Tensor:
         """(x - mean) / std for float x (N, C, H, W) in 0..1."""
         mean, std = self._tensors(x)
         return (x - mean) / std
 
-    def denormalize(self, x):
+    def denormalize(self, x: Tensor) -> Tensor:
         """The inverse of `normalize`, clamped to 0..1 for looking at."""
         mean, std = self._tensors(x)
         return (x * std + mean).clamp(0, 1)

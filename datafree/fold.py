@@ -6,7 +6,7 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
-def fold_batch_norm(model):
+def fold_batch_norm(model: nn.Module) -> nn.Module:
     """A network with the same logits as `model` (in eval mode) up to rounding, but faster.
 
     Each BatchNorm that follows a convolution, and nothing else does, becomes part of that

@@ -8,83 +8,84 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def wide(x):
+def at_least_float32(x: Tensor) -> Tensor:
     """x in at least float32: half-precision values are widened, float64 stays."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def one_hot_loss(t_logits):
+def one_hot_loss(t_logits: Tensor) -> Tensor:
     """L_oh (DAFL, Eq. 3): mean cross-entropy of the teacher with its own arg-max.
 
     Small when the teacher is confident about the images.
     """
-    t_logits = wide(t_logits)
+    t_logits = at_least_float32(t_logits)
     return F.cross_entropy(t_logits, t_logits.argmax(1))
 
 
-def information_entropy_loss(t_logits, base=10):
+def information_entropy_loss(t_logits: Tensor, base: float = 10) -> Tensor:
     """L_ie (DAFL, Eq. 5): sum_c p_c log p_c with p the batch mean of the teacher's softmax.
 
     Smallest, -log(classes), when the batch holds every class equally often. The paper writes the
     natural logarithm, its code takes base 10 and the published weights belong to that: base 10
     is the default, `base=math.e` the paper's formula.
     """
-    p = wide(t_logits).softmax(1).mean(0)
+    p = at_least_float32(t_logits).softmax(1).mean(0)
     p = p.clamp_min(torch.finfo(p.dtype).tiny)  # a class that underflows to 0 has no logarithm
     return (p * p.log()).sum() / math.log(base)
 
 
-def activation_loss(t_features):
+def activation_loss(t_features: Tensor) -> Tensor:
     """L_a (DAFL, Eq. 4): minus the mean absolute teacher feature before the classifier."""
-    return -wide(t_features).abs().mean()
+    return -at_least_float32(t_features).abs().mean()
 
 
-def kd_loss(s_logits, t_logits, T=1.0):
+def kd_loss(s_logits: Tensor, t_logits: Tensor, T: float = 1.0) -> Tensor:
     """L_KD (DAFL, Eq. 1; Hinton et al. 2015): T^2 KL(softmax(t / T) || softmax(s / T)).
 
     Summed over classes, mean over the batch. Detach the teacher's logits where only the student
     is to learn.
     """
-    log_s = (wide(s_logits) / T).log_softmax(1)
-    log_t = (wide(t_logits) / T).log_softmax(1)
+    log_s = (at_least_float32(s_logits) / T).log_softmax(1)
+    log_t = (at_least_float32(t_logits) / T).log_softmax(1)
     return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * T**2
 
 
-def l1_loss(s_logits, t_logits):
+def l1_loss(s_logits: Tensor, t_logits: Tensor) -> Tensor:
     """L_1 (DFAD): mean absolute difference of the logits.
 
     The student minimises it with the teacher's logits detached, the generator maximises it.
     """
-    return (wide(s_logits) - wide(t_logits)).abs().mean()
+    return (at_least_float32(s_logits) - at_least_float32(t_logits)).abs().mean()
 
 
-def decision_adversarial_loss(s_logits, t_logits):
+def decision_adversarial_loss(s_logits: Tensor, t_logits: Tensor) -> Tensor:
     """L_adv (CMI, Fast-Datafree): -mean_i [arg-maxes agree] KL(softmax t_i || softmax s_i).
 
     Small where the student is wrong about how sure the teacher is, but not about the class.
     Nothing is detached but the mask.
     """
-    s_logits, t_logits = wide(s_logits), wide(t_logits)
+    s_logits, t_logits = at_least_float32(s_logits), at_least_float32(t_logits)
     agree = (s_logits.argmax(1) == t_logits.argmax(1)).to(t_logits.dtype)
     log_s, log_t = s_logits.log_softmax(1), t_logits.log_softmax(1)
     kl = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1)
     return -(kl * agree).mean()
 
 
-def js_loss(s_logits, t_logits, T=3.0):
+def js_loss(s_logits: Tensor, t_logits: Tensor, T: float = 3.0) -> Tensor:
     """Jensen-Shannon divergence of the softmaxes at temperature T (DeepInversion).
 
     As published, the probabilities and their mean are clamped to 0.01..0.99.
     """
-    p, q = ((wide(x) / T).softmax(1) for x in (s_logits, t_logits))
+    p, q = ((at_least_float32(x) / T).softmax(1) for x in (s_logits, t_logits))
     log_p, log_q = p.clamp(0.01, 0.99).log(), q.clamp(0.01, 0.99).log()
     m = ((p + q) / 2).clamp(0.01, 0.99)
     return sum(F.kl_div(x, m, reduction="batchmean") for x in (log_p, log_q)) / 2
 
 
-def total_variation(x):
+def total_variation(x: Tensor) -> Tensor:
     """L_tv (DeepInversion, as Fast-Datafree computes it) of images x (N, C, H, W).
 
     The mean absolute difference of neighbours, summed over the four directions.
@@ -100,7 +101,7 @@ def total_variation(x):
     )
 
 
-def contrastive_loss(local, others, T, batch_size):
+def contrastive_loss(local: Tensor, others: Tensor, T: float, batch_size: int) -> Tensor:
     """L_cr (CMI) of unit vectors: view i of an image against the other view of each.
 
     Args:
@@ -113,3 +114,13 @@ def contrastive_loss(local, others, T, batch_size):
     loss = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device), reduction="none")
     batch, bank = loss.split([batch_size, len(loss) - batch_size])
     return batch.mean() + bank.mean() if len(bank) else batch.mean()
+
+
+def attention_loss(s_map: Tensor, t_map: Tensor) -> Tensor:
+    """L_AT (Zagoruyko and Komodakis 2017): mean squared difference of two attention maps.
+
+    The attention map of a feature map (N, C, H, W) is the mean over its channels of the square,
+    flattened and of unit length. The two may differ in C.
+    """
+    s, t = (F.normalize(at_least_float32(x).square().mean(1).flatten(1)) for x in (s_map, t_map))
+    return F.mse_loss(s, t)

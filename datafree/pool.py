@@ -1,71 +1,107 @@
 """Synthetic images, kept as uint8 on the device and, as they are made, in the run's folder."""
 
+import math
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from datafree.runtime import UsageError
+from datafree.errors import UsageError
+
+CHUNK = 2**26  # bytes that go to a file or come from it at a time
 
 
 class ImagePool:
     """A growing set of images (C, H, W), uint8 on the device.
 
     Pixels in 0..1 are clamped, multiplied by 255 and cut off to bytes, as published. Images beyond
-    `limit` stay in the host's memory (pinned for a GPU) and travel when they are drawn.
+    `limit` stay in the host's memory and travel when they are drawn.
 
-    `state_dict` appends what is new to `path`, raw bytes one image after the other, and returns
+    `flush` appends what is new to `path`, raw bytes one image after the other, and `state_dict` is
     their number: a checkpoint stays small, and resuming reads that many images back.
 
     Args:
         shape: (C, H, W). device: where batches come out. path: the file.
         limit: most images on the device, or None.
+        capacity: how many will come: memory is taken once, here. More make it grow.
 
     Raises:
-        UsageError: from load_state_dict, when the file is shorter than the checkpoint says.
+        UsageError: no memory for so many; from load_state_dict, when the file is shorter than the
+            checkpoint says.
     """
 
-    def __init__(self, shape, device, path, limit=None):
-        self.shape, self.device, self.path = tuple(shape), torch.device(device), Path(path)
-        self.limit, self.near, self.far = limit, self._empty(self.device), self._empty("cpu")
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        device: str | torch.device,
+        path: str | Path,
+        limit: int | None = None,
+        capacity: int = 0,
+    ):
+        self.shape, self.device, self.path, self.limit = tuple(shape), torch.device(device), Path(path), limit
         self.n_near = self.n_far = self.saved = 0
+        near = self._near_part(capacity)
+        try:
+            self.near, self.far = self._empty(near, self.device), self._empty(capacity - near, "cpu")
+        except RuntimeError as error:
+            size = capacity * math.prod(shape) / 1e9
+            raise UsageError(
+                f"the {capacity} images of this run take {size:.1f} GB, {near} of them on the device: there is less "
+                "memory; lower --pool_size (of those on the device), --n_epochs or --synthesis_batch_size"
+            ) from error
 
-    def _empty(self, device, n=0):
-        pinned = str(device) == "cpu" and self.device.type == "cuda"
+    def _near_part(self, n: int) -> int:
+        return n if self.limit is None else min(n, self.limit)
+
+    def _empty(self, n: int, device: str | torch.device, pinned: bool = False) -> Tensor:
         return torch.empty(n, *self.shape, dtype=torch.uint8, device=device, pin_memory=pinned)
 
     def __len__(self):
         return self.n_near + self.n_far
 
-    def add(self, images):
+    def add(self, images: Tensor) -> None:
         """Append images (N, C, H, W): float in 0..1, or uint8 as they are."""
         if images.dtype != torch.uint8:
             images = (images.detach().clamp(0, 1) * 255).to(torch.uint8)
-        room = len(images) if self.limit is None else max(0, self.limit - self.n_near)
-        self.near, self.n_near = self._append(self.near, self.n_near, images[:room])
-        self.far, self.n_far = self._append(self.far, self.n_far, images[room:])
+        start = len(self)
+        self._reserve(start + len(images))
+        near, far = self._parts(start)
+        near.copy_(images[: len(near)])
+        far.copy_(images[len(near) :])
 
-    def _append(self, store, n, images):
-        """`images` behind the first n of `store`, whose size doubles when it is full."""
-        end = n + len(images)
-        if end > len(store):
-            larger = self._empty(store.device, max(end, 2 * n))
-            larger[:n] = store[:n]
-            store = larger
-        store[n:end] = images
-        return store, end
+    def _reserve(self, n: int) -> None:
+        """Count n images in all; a store that is too small for its part of them doubles."""
+        near = self._near_part(n)
+        self.near, self.far = self._grown(self.near, self.n_near, near), self._grown(self.far, self.n_far, n - near)
+        self.n_near, self.n_far = near, n - near
 
-    def _take(self, rows):
-        """The images of these rows (on the device), spilled ones last: they are fetched."""
+    def _grown(self, store: Tensor, used: int, needed: int) -> Tensor:
+        if needed <= len(store):
+            return store
+        larger = self._empty(max(needed, 2 * used), store.device)
+        larger[:used] = store[:used]
+        return larger
+
+    def _parts(self, start: int = 0, end: int | None = None) -> tuple[Tensor, Tensor]:
+        """Images start..end: those on the device, and the spilled ones behind them."""
+        end = len(self) if end is None else min(end, len(self))
+        near = self.near[min(start, self.n_near) : min(end, self.n_near)]
+        return near, self.far[max(start - self.n_near, 0) : max(end - self.n_near, 0)]
+
+    def _take(self, rows: Tensor) -> Tensor:
+        """The images of these rows; with spilled ones, which are fetched and come last, rows are the host's."""
         if not self.n_far:
             return self.near[rows]
-        rows = rows.cpu()  # once: a mask on the device would make the host wait several times
         near, far = rows[rows < self.n_near], rows[rows >= self.n_near] - self.n_near
-        return torch.cat([self.near[near.to(self.device)], self.far[far].to(self.device)])
+        fetched = self._empty(len(far), "cpu", pinned=self.device.type == "cuda")
+        torch.index_select(self.far, 0, far, out=fetched)
+        return torch.cat([self.near[near.to(self.device)], fetched.to(self.device, non_blocking=True)])
 
-    def batches(self, batch_size, n):
+    def batches(self, batch_size: int, n: int) -> Iterator[Tensor]:
         """n batches, uint8 (batch_size, C, H, W), of random passes over the pool.
 
         A pass meets every image once; a rest smaller than a batch is left out, unless the whole
@@ -73,40 +109,35 @@ class ImagePool:
         """
         while n > 0:
             order = torch.randperm(len(self), device=self.device)
+            order = order.cpu() if self.n_far else order  # the host waits once a pass
             for rows in order.split(batch_size)[: max(1, len(self) // batch_size)][:n]:
                 n -= 1
                 yield self._take(rows)
 
-    def images(self, start=0, end=None):
+    def images(self, start: int = 0, end: int | None = None) -> Tensor:
         """Images start..end in the order of their making, in the host's memory."""
-        end = len(self) if end is None else min(end, len(self))
-        near = self.near[min(start, self.n_near) : min(end, self.n_near)].cpu()
-        far = self.far[max(start - self.n_near, 0) : max(end - self.n_near, 0)]
-        return torch.cat([near, far])
+        near, far = self._parts(start, end)
+        return torch.cat([near.cpu(), far])
 
-    def state_dict(self):
+    def flush(self) -> None:
+        """Write what is new behind what the file holds, and nothing else: what a killed run left there goes."""
         if self.saved < len(self) or not self.saved:
-            mode = "r+b" if self.saved else "wb"  # "a" would keep what a killed run left behind
-            with self.path.open(mode) as file:
-                file.seek(self.saved * self._bytes())
-                file.truncate()
-                file.write(self.images(self.saved).numpy().tobytes())
-                file.flush()
-                os.fsync(file.fileno())
+            size, (near, far) = math.prod(self.shape), self._parts(self.saved)
+            start = self.saved * size
+            write_rows(self.path, (start, near), (start + near.numel(), far), new=not self.saved)
             self.saved = len(self)
-        return {"images": self.saved}
+            os.truncate(self.path, self.saved * size)
 
-    def _bytes(self):
-        return int(np.prod(self.shape))
+    def state_dict(self) -> dict:
+        return {"images": len(self)}
 
-    def load_state_dict(self, state):
-        count = state["images"]
-        images = read_raw(self.path, self.shape, count)
-        self.n_near = self.n_far = 0
-        self.add(images)
-        self.saved = count
+    def load_state_dict(self, state: dict) -> None:
+        self._reserve(state["images"])
+        near, far = self._parts()
+        read_rows(self.path, (0, near), (near.numel(), far))
+        self.saved = len(self)
 
-    def export(self, kind, folder):
+    def export(self, kind: str, folder: str | Path) -> Path:
         """Write all images to `folder`: "png" one file each, "npz" one archive (N, H, W, C).
 
         Returns the path that was written. Raises OSError as the file system does; of what cannot
@@ -115,18 +146,16 @@ class ImagePool:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if kind == "npz":
-            path = folder / "images.npz"
-            _write_whole(
-                path, lambda file: np.savez_compressed(file, images=self.images().permute(0, 2, 3, 1).numpy())
-            )
-            return path
+            images = self.images().permute(0, 2, 3, 1).numpy()
+            _write_whole(folder / "images.npz", lambda file: np.savez_compressed(file, images=images))
+            return folder / "images.npz"
         for i in range(len(self)):
             picture = to_pil_image(self.images(i, i + 1)[0])
             _write_whole(folder / f"{i:06}.png", lambda file, p=picture: p.save(file, "PNG"))
         return folder
 
 
-def _write_whole(path, write):
+def _write_whole(path: Path, write: Callable) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -137,21 +166,50 @@ def _write_whole(path, write):
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def read_raw(path, shape, count=None):
-    """Images uint8 (N, C, H, W) from a pool's file: the first `count`, or all.
+def _chunks(rows: Tensor) -> tuple[Tensor, ...]:
+    return rows.split(max(1, CHUNK // (math.prod(rows.shape[1:]) * rows.element_size())))
+
+
+def write_rows(path: Path, *pieces: tuple[int, Tensor], new: bool = False) -> None:
+    """Write tensors to the disk, each at its byte of a file, which is emptied before if it is to be `new`."""
+    with path.open("wb" if new else "r+b") as file:
+        for offset, rows in pieces:
+            file.seek(offset)
+            for part in _chunks(rows):
+                file.write(part.cpu().numpy())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path, *pieces: tuple[int, Tensor]) -> None:
+    """Fill tensors, each from its byte of a file on, without a second copy of them.
 
     Raises:
-        UsageError: missing, or shorter than `count` images.
+        UsageError: the file is missing or too short.
     """
-    size = int(np.prod(shape))
     try:
-        content = np.fromfile(path, np.uint8, -1 if count is None else count * size)
+        with path.open("rb") as file:
+            for offset, rows in pieces:
+                file.seek(offset)
+                for part in _chunks(rows):
+                    read = torch.empty(part.shape, dtype=part.dtype)
+                    if file.readinto(read.numpy()) < read.nbytes:
+                        raise OSError(0, "it is shorter than the checkpoint says")
+                    part.copy_(read)
+    except OSError as error:
+        raise UsageError(f"cannot read {path} ({error.strerror}): start the run anew, without --resume") from error
+
+
+def read_raw(path: str | Path, shape: tuple[int, int, int]) -> Tensor:
+    """All images, uint8 (N, C, H, W), of a pool's file.
+
+    Raises:
+        UsageError: missing, or not a whole number of images.
+    """
+    try:
+        content = np.fromfile(path, np.uint8)
     except OSError as error:
         raise UsageError(f"cannot read the images of {path} ({error.strerror})") from error
-    if len(content) % size or (count is not None and len(content) < count * size):
-        raise UsageError(
-            f"{path} holds {len(content) // size} whole images of shape {shape}"
-            + (f", the checkpoint {count}" if count is not None else "")
-            + ": start the run anew, without --resume"
-        )
+    if len(content) % math.prod(shape):
+        raise UsageError(f"{path} holds no whole number of images of shape {shape}: name another --cmi_init")
     return torch.from_numpy(content).view(-1, *shape)

@@ -1,13 +1,10 @@
-"""Command line, seeds, devices and precision: what every script does before its first line."""
+"""Where and how a run computes: seeds, device, precision, schedules and optimisers."""
 
-import argparse
 import ctypes
-import errno
 import math
 import platform
 import subprocess
 import sys
-import textwrap
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,174 +12,7 @@ from pathlib import Path
 
 import torch
 
-
-class UsageError(Exception):
-    """Something that the user can mend: one line that names the cure. `cli` exits with 2."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and whose help keeps the script's docstring."""
-
-    def __init__(self, card, **kwargs):
-        super().__init__(
-            description=card,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-            **kwargs,
-        )
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-    def image_size(self, models, img_size, agree):
-        """The side of the images that all of `models` take, by `agree`; None if any will do."""
-        try:
-            return agree(models, img_size)
-        except ValueError as error:
-            self.error(error)
-
-
-def number(kind, low, high=None, above=False):
-    """An argparse type: an int or float of at least `low` (above it if `above`), at most `high`."""
-
-    def parse(text):
-        value = kind(text)
-        possible = low < value if above else low <= value  # False for NaN as well
-        if not possible or value > (sys.float_info.max if high is None else high):
-            bound = f"{'above' if above else 'at least'} {low}"
-            bound += "" if high is None else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"{text} is impossible: it must be {bound}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names the type in "invalid int value"
-    return parse
-
-
-def add_device_arguments(group):
-    """The flags that `setup` reads."""
-    group.add_argument("--seed", type=number(int, 0), default=0, help="(default: %(default)s)")
-    group.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto takes a GPU if there is one (default: %(default)s)",
-    )
-    group.add_argument(
-        "--gpu", type=number(int, 0), metavar="N", help="the same as --device cuda on GPU number N"
-    )
-    group.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="auto takes bfloat16 autocast where the hardware has it "
-        "(default: auto, unless a preset above names another)",
-    )
-
-
-def add_run_arguments(parser):
-    """The flags that every training script has."""
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--data_root",
-        "--data",
-        default="./datasets",
-        metavar="DIR",
-        help="where data sets are, and are downloaded to (default: %(default)s)",
-    )
-    for name in ("mean", "std"):
-        group.add_argument(
-            f"--{name}",
-            type=number(float, 0, 1),
-            nargs="+",
-            metavar="X",
-            help=f"the {name} of each channel, of pixels in 0..1 (default: the "
-            "teacher file's, else the data set's; a folder's are computed once)",
-        )
-    group.add_argument(
-        "--out",
-        "--output_dir",
-        default="./runs",
-        metavar="DIR",
-        help="parent of the run folders (default: %(default)s)",
-    )
-    group.add_argument("--tag", "--log_tag", default="", help="suffix of the run folder's name")
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the run's last checkpoint, if there is one; without it, an "
-        "earlier run of the same name is set aside as NAME.1, NAME.2 ...",
-    )
-    group.add_argument(
-        "--evaluate_only",
-        "--test_only",
-        action="store_true",
-        help="score the run's best checkpoint (or --ckpt) on the test set and stop",
-    )
-    group.add_argument("--ckpt", metavar="FILE", help="weights for --evaluate_only")
-    group.add_argument(
-        "--visdom",
-        type=number(int, 1, 65535),
-        nargs="?",
-        const=15550,
-        metavar="PORT",
-        help="live curves and images on a visdom server at this "
-        "port (15550 if none is given); without a server, a log to replay later",
-    )
-    add_device_arguments(group)
-
-
-def fill_defaults(args, defaults):
-    """Give every flag that was left out its preset value."""
-    for key, value in defaults.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-
-
-def describe_presets(presets):
-    """Presets (name -> flag -> value) as indented lines for --help; equal ones stand together."""
-    texts = {}
-    for name, values in presets.items():
-        text = " ".join(
-            f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}"
-            for k, v in values.items()
-            if v != []
-        )
-        texts.setdefault(text, []).append(name)
-    return "\n".join(
-        f"    {', '.join(names)}:\n"
-        + textwrap.fill(text, 98, initial_indent=" " * 8, subsequent_indent=" " * 8)
-        for text, names in texts.items()
-    )
-
-
-def cli(main, parse_args, *data_errors):
-    """Run `main(parse_args())`; a mistake of the user's ends in one line and exit code 2.
-
-    Args:
-        data_errors: exception types beside UsageError whose message is meant for the user.
-    """
-    args = parse_args()
-    try:
-        main(args)
-    except (UsageError, *data_errors) as error:
-        _stop(error, 2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            raise
-        _stop(
-            f"{error.strerror}: {error.filename or 'a file of this run'}: make room or choose "
-            "another --out; what is saved is whole, --resume goes on from it",
-            2,
-        )
-    except torch.OutOfMemoryError:
-        _stop("the device's memory is too small for this: lower --batch_size", 2)
-    except KeyboardInterrupt:
-        _stop("interrupted; the same command with --resume goes on from the last whole epoch", 130)
-
-
-def _stop(message, code):
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(code)
+from datafree.errors import UsageError
 
 
 def has_bf16(device):
@@ -252,7 +82,9 @@ def setup(args):
     else:
         device = torch.device("cpu")
         keep_memory()
-    precision = args.precision
+    # fp32 is float32: TF32, which cuDNN's convolutions take by default, has 10 bits of mantissa.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    precision = args.precision or "auto"
     if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
     elif precision == "bf16" and not has_bf16(device):

@@ -4,9 +4,9 @@ Layers and parameter names of torchvision's AlexNet (Krizhevsky 2014, One weird 
 half of every width. Other widths are why torchvision's class itself is not used.
 """
 
-from functools import partial
-
 from torch import nn
+
+from .registry import register
 
 
 class AlexNet(nn.Module):
@@ -48,5 +48,5 @@ class AlexNet(nn.Module):
         return (logits, features) if return_features else logits
 
 
-alexnet = AlexNet
-alexnet_half = partial(AlexNet, divide=2)
+register("alexnet", AlexNet)
+register("alexnet_half", AlexNet, divide=2)

@@ -10,6 +10,8 @@ from torchvision.models import resnet50
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
+from .registry import SEGMENTERS, register
+
 ATROUS_RATES = (12, 24, 32)  # as published; the usual third rate is 36
 
 
@@ -93,3 +95,7 @@ def _conv_bn(c_in, c_out, kernel, **settings):
     return nn.Sequential(
         nn.Conv2d(c_in, c_out, kernel, bias=False, **settings), nn.BatchNorm2d(c_out), nn.ReLU6(inplace=True)
     )
+
+
+register("deeplabv3_resnet50", deeplabv3_resnet50, SEGMENTERS)
+register("deeplabv3_mobilenet", deeplabv3_mobilenet, SEGMENTERS)

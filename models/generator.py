@@ -1,4 +1,4 @@
-"""Image generators of the five methods.
+"""Image generators of the methods.
 
 - `GeneratorA`, `GeneratorB`: Data-Free Adversarial Distillation (Fang et al. 2019); A for the MNIST
   and CIFAR rows, B for Caltech101, CamVid and NYUv2. `GeneratorA(bn_eps=0.8)` is the generator of
@@ -6,6 +6,7 @@
 - `FastGenerator`, `DeepGenerator`: Up to 100x Faster Data-Free Knowledge Distillation (Fang et al.
   2022), for its 32-pixel rows and its ImageNet rows. `FastGenerator(widen=2)` is the larger one
   of CMI, Contrastive Model Inversion (Fang et al. 2021).
+- `ZSKTGenerator`: zero-shot knowledge transfer (Micaelli and Storkey 2019) as MMRazor sets it.
 
 Every generator has `nz`, `img_size`, `channels` and `latents(n)`; calling it on latents gives
 images (N, channels, img_size, img_size) in channels_last memory.
@@ -16,6 +17,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .registry import GENERATORS, register
 
 
 class UpsampleConv2d(nn.Conv2d):
@@ -100,9 +103,7 @@ class Generator(nn.Module):
     def __init__(self, nz, img_size, channels):
         super().__init__()
         if img_size < self.stride or img_size % self.stride:
-            raise ValueError(
-                f"{type(self).__name__} needs img_size to be a multiple of {self.stride}, got {img_size}"
-            )
+            raise ValueError(f"{type(self).__name__} needs img_size to be a multiple of {self.stride}, got {img_size}")
         self.nz, self.img_size, self.channels = nz, img_size, channels
         self.init_size = img_size // self.stride
 
@@ -194,7 +195,7 @@ class FastGenerator(Generator):
     `widen` multiplies the channels of the first map: 2 gives the larger generator of CMI.
     """
 
-    def __init__(self, nz, img_size=32, channels=3, ngf=64, widen=1):
+    def __init__(self, nz, img_size=32, channels=3, ngf=64, widen=1, bias=False):
         super().__init__(nz, img_size, channels)
         width = 2 * ngf * widen
         self.l1 = nn.Sequential(nn.Linear(nz, width * self.init_size**2))
@@ -202,11 +203,11 @@ class FastGenerator(Generator):
         self.conv_blocks = nn.Sequential(
             nn.BatchNorm2d(width),
             nn.Identity(),
-            UpsampleConv2d(width, 2 * ngf, bias=False),
+            UpsampleConv2d(width, 2 * ngf, bias=bias),
             nn.BatchNorm2d(2 * ngf),
             _leaky(),
             nn.Identity(),
-            UpsampleConv2d(2 * ngf, ngf, bias=False),
+            UpsampleConv2d(2 * ngf, ngf, bias=bias),
             nn.BatchNorm2d(ngf),
             _leaky(),
             ToImage(ngf, channels),
@@ -215,6 +216,17 @@ class FastGenerator(Generator):
 
     def forward(self, z):
         return self.conv_blocks(self.to_map(self.l1(z.flatten(1))))
+
+
+class ZSKTGenerator(FastGenerator):
+    """MMRazor's ZSKT generator: latents (N, nz) or (N, nz, 1, 1) -> images of no fixed range.
+
+    Its convolutions have biases, and its last layer is a batch norm with scale and shift.
+    """
+
+    def __init__(self, nz, img_size=32, channels=3, ngf=64):
+        super().__init__(nz, img_size, channels, ngf, bias=True)
+        self.conv_blocks[-1] = nn.BatchNorm2d(channels)
 
 
 class GeneratorB(Generator):
@@ -264,12 +276,7 @@ class DeepGenerator(Generator):
         layers += [_leaky()]
         widths = [2 * ngf, 2 * ngf, ngf, ngf, ngf]
         for before, after in pairwise(widths):
-            layers += [
-                nn.Identity(),
-                UpsampleConv2d(before, after, bias=False),
-                nn.BatchNorm2d(after),
-                _leaky(),
-            ]
+            layers += [nn.Identity(), UpsampleConv2d(before, after, bias=False), nn.BatchNorm2d(after), _leaky()]
         self.conv_blocks = nn.Sequential(*layers, ToImage(ngf, channels), nn.Sigmoid())
 
     def latents(self, n, device=None, generator=None):
@@ -279,3 +286,13 @@ class DeepGenerator(Generator):
 
     def forward(self, z):
         return self.conv_blocks(z.contiguous(memory_format=torch.channels_last))
+
+
+register("generator_a", GeneratorA, GENERATORS)
+register("generator_b", GeneratorB, GENERATORS)
+register("dafl", GeneratorA, GENERATORS, bn_eps=0.8)
+register("fast", FastGenerator, GENERATORS)
+register("dcgan", GeneratorB, GENERATORS, last=nn.Sigmoid)
+register("deep", DeepGenerator, GENERATORS)
+register("cmi_large", FastGenerator, GENERATORS, widen=2)
+register("zskt", ZSKTGenerator, GENERATORS)

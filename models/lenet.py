@@ -4,10 +4,10 @@ LeNet-5 after LeCun et al. 1998, with ReLU and max pooling; the half has half of
 the last but one, 42 of 84.
 """
 
-from functools import partial
-
 import torch.nn.functional as F
 from torch import nn
+
+from .registry import register
 
 # Fast-Datafree names the same five layers differently; its checkpoints load as well.
 PUBLISHED_NAMES = {
@@ -50,5 +50,5 @@ def _rename_published(module, state_dict, prefix, *_):
                 state_dict[prefix + name + kind] = state_dict.pop(old)
 
 
-lenet5 = LeNet5
-lenet5_half = partial(LeNet5, widths=(3, 8, 60, 42))
+register("lenet5", LeNet5)
+register("lenet5_half", LeNet5, widths=(3, 8, 60, 42))

@@ -3,10 +3,10 @@
 After Hinton et al. 2015, Distilling the Knowledge in a Neural Network, section 3.
 """
 
-from functools import partial
-
 import torch.nn.functional as F
 from torch import nn
+
+from .registry import register
 
 
 class HintonNet(nn.Module):
@@ -26,5 +26,5 @@ class HintonNet(nn.Module):
         return (logits, features) if return_features else logits
 
 
-hintonnet = HintonNet
-hintonnet_half = partial(HintonNet, width=800)
+register("hintonnet", HintonNet)
+register("hintonnet_half", HintonNet, width=800)

@@ -3,6 +3,7 @@
 from torchvision.models.mobilenetv2 import MobileNetV2 as TorchvisionMobileNetV2
 
 from .init import with_channels
+from .registry import register
 
 
 class MobileNetV2(TorchvisionMobileNetV2):
@@ -22,4 +23,4 @@ class MobileNetV2(TorchvisionMobileNetV2):
         return (logits, features) if return_features else logits
 
 
-mobilenetv2 = MobileNetV2
+register("mobilenetv2", MobileNetV2)

@@ -5,13 +5,12 @@ DFAD); the torchvision ones serve DFAD's Caltech101 rows (34 -> 18) and Fast-Dat
 table (teacher 50).
 """
 
-from functools import partial
-
 import torch.nn.functional as F
 import torchvision.models.resnet as tv
 from torch import nn
 
 from .init import with_channels
+from .registry import register
 
 
 def _conv(c_in, c_out, kernel, stride=1):
@@ -104,9 +103,9 @@ class ImageNetResNet(tv.ResNet):
         return (logits, features) if return_features else logits
 
 
-resnet18 = partial(ResNet, BasicBlock, (2, 2, 2, 2))
-resnet34 = partial(ResNet, BasicBlock, (3, 4, 6, 3))
-resnet50 = partial(ResNet, Bottleneck, (3, 4, 6, 3))
-resnet18_imagenet = partial(ImageNetResNet, tv.BasicBlock, (2, 2, 2, 2))
-resnet34_imagenet = partial(ImageNetResNet, tv.BasicBlock, (3, 4, 6, 3))
-resnet50_imagenet = partial(ImageNetResNet, tv.Bottleneck, (3, 4, 6, 3))
+register("resnet18", ResNet, block=BasicBlock, depths=(2, 2, 2, 2))
+register("resnet34", ResNet, block=BasicBlock, depths=(3, 4, 6, 3))
+register("resnet50", ResNet, block=Bottleneck, depths=(3, 4, 6, 3))
+register("resnet18_imagenet", ImageNetResNet, block=tv.BasicBlock, depths=(2, 2, 2, 2))
+register("resnet34_imagenet", ImageNetResNet, block=tv.BasicBlock, depths=(3, 4, 6, 3))
+register("resnet50_imagenet", ImageNetResNet, block=tv.Bottleneck, depths=(3, 4, 6, 3))

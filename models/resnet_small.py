@@ -3,13 +3,13 @@
 Offered by Fast-Datafree's registry; no table row needs them.
 """
 
-from functools import partial
 from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import nn
 
 from .init import init_convs
+from .registry import register
 
 
 class BasicBlock(nn.Module):
@@ -21,9 +21,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(c_out)
         self.downsample = nn.Sequential()
         if stride != 1 or c_in != c_out:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(c_in, c_out, 1, stride=stride, bias=False), nn.BatchNorm2d(c_out)
-            )
+            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride=stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -52,10 +50,7 @@ class SmallResNet(nn.Module):
         return (logits, features) if return_features else logits
 
 
-resnet8 = partial(SmallResNet, 8)
-resnet20 = partial(SmallResNet, 20)
-resnet32 = partial(SmallResNet, 32)
-resnet56 = partial(SmallResNet, 56)
-resnet110 = partial(SmallResNet, 110)
-resnet8x4 = partial(SmallResNet, 8, (32, 64, 128, 256))
-resnet32x4 = partial(SmallResNet, 32, (32, 64, 128, 256))
+for depth in (8, 20, 32, 56, 110):
+    register(f"resnet{depth}", SmallResNet, depth=depth)
+for depth in (8, 32):
+    register(f"resnet{depth}x4", SmallResNet, depth=depth, widths=(32, 64, 128, 256))

@@ -1,9 +1,9 @@
 """SegNet (Badrinarayanan et al. 2017) with VGG encoders, as DFAD's teacher script offers it."""
 
-from functools import partial
-
 import torch.nn.functional as F
 from torch import nn
+
+from .registry import SEGMENTERS, register
 
 
 class SegNet(nn.Module):
@@ -62,6 +62,6 @@ class Unit(nn.Module):
         return self.cbr_unit(x)
 
 
-segnet_vgg13 = partial(SegNet, (2, 2, 2, 2, 2))
-segnet_vgg16 = partial(SegNet, (2, 2, 3, 3, 3))
-segnet_vgg19 = partial(SegNet, (2, 2, 4, 4, 4))
+register("segnet_vgg13", SegNet, SEGMENTERS, depths=(2, 2, 2, 2, 2))
+register("segnet_vgg16", SegNet, SEGMENTERS, depths=(2, 2, 3, 3, 3))
+register("segnet_vgg19", SegNet, SEGMENTERS, depths=(2, 2, 4, 4, 4))

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .registry import register
+
 
 def _depthwise(channels, stride):
     return nn.Conv2d(channels, channels, 3, stride=stride, padding=1, groups=channels, bias=False)
@@ -93,4 +95,4 @@ class ShuffleNetV2(nn.Module):
         return (logits, features) if return_features else logits
 
 
-shufflenetv2 = ShuffleNetV2
+register("shufflenetv2", ShuffleNetV2)

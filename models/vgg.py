@@ -3,12 +3,11 @@
 vgg11 -> resnet18 are rows of Fast-Datafree's CIFAR tables; the other depths come from its registry.
 """
 
-from functools import partial
-
 import torch.nn.functional as F
 from torch import nn
 
 from .init import init_convs
+from .registry import register
 
 WIDTHS = (64, 128, 256, 512, 512)
 
@@ -16,11 +15,7 @@ WIDTHS = (64, 128, 256, 512, 512)
 def _block(c_in, c_out, n):
     layers = []
     for i in range(n):
-        layers += [
-            nn.Conv2d(c_out if i else c_in, c_out, 3, padding=1),
-            nn.BatchNorm2d(c_out),
-            nn.ReLU(inplace=True),
-        ]
+        layers += [nn.Conv2d(c_out if i else c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
@@ -51,8 +46,8 @@ class VGG(nn.Module):
         return (logits, features) if return_features else logits
 
 
-vgg8 = partial(VGG, (1, 1, 1, 1, 1))
-vgg11 = partial(VGG, (1, 1, 2, 2, 2))
-vgg13 = partial(VGG, (2, 2, 2, 2, 2))
-vgg16 = partial(VGG, (2, 2, 3, 3, 3))
-vgg19 = partial(VGG, (2, 2, 4, 4, 4))
+register("vgg8", VGG, depths=(1, 1, 1, 1, 1))
+register("vgg11", VGG, depths=(1, 1, 2, 2, 2))
+register("vgg13", VGG, depths=(2, 2, 2, 2, 2))
+register("vgg16", VGG, depths=(2, 2, 3, 3, 3))
+register("vgg19", VGG, depths=(2, 2, 4, 4, 4))

@@ -3,12 +3,11 @@
 The pairs of Fast-Datafree's CIFAR tables, as in CMI. Pre-activation blocks, no drop-out.
 """
 
-from functools import partial
-
 import torch.nn.functional as F
 from torch import nn
 
 from .init import init_convs
+from .registry import register
 
 
 class Block(nn.Module):
@@ -66,7 +65,5 @@ class WideResNet(nn.Module):
         return (logits, features) if return_features else logits
 
 
-wrn16_1 = partial(WideResNet, 16, 1)
-wrn16_2 = partial(WideResNet, 16, 2)
-wrn40_1 = partial(WideResNet, 40, 1)
-wrn40_2 = partial(WideResNet, 40, 2)
+for depth, widen in ((16, 1), (16, 2), (40, 1), (40, 2)):
+    register(f"wrn{depth}_{widen}", WideResNet, depth=depth, widen=widen)

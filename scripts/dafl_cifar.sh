@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# DAFL in Fast-Datafree's CIFAR tables. Usage: --help.
+# DAFL of Fast-Datafree's CIFAR tables. Usage: --help.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/cifar_rows.sh"
-cifar_rows dafl "" "$@"
+cifar_rows fast DAFL "$@"

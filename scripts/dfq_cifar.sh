@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# DFQ in Fast-Datafree's CIFAR tables. Usage: --help.
+# DFQ of Fast-Datafree's CIFAR tables. Usage: --help.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/cifar_rows.sh"
-cifar_rows dfq "" "$@"
+cifar_rows fast DFQ "$@"

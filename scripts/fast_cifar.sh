@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fast-2, Fast-5 and Fast-10 of Fast-Datafree's CIFAR tables, all five pairs. Usage: --help.
+# Fast-2, Fast-5 and Fast-10 of Fast-Datafree's CIFAR tables. Usage: --help.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/cifar_rows.sh"
-cifar_rows fast_meta "2 5 10" "$@"
+cifar_rows fast Fast-2,Fast-5,Fast-10 "$@"

@@ -1,7 +1,7 @@
-# Sourced by the other scripts:   . scripts/setup.sh; setup [further packages]
+# Sourced by the other scripts:   . scripts/setup.sh; setup [further requirements files]
 #
 # `setup` goes to the repository's root, makes .venv there, installs what is missing of
-# requirements.txt and the packages named, and sets PY to the environment's Python. A second call
+# requirements.txt and the files named, and sets PY to the environment's Python. A second call
 # finds everything and is at once. PYTHON names another interpreter to start from.
 
 setup() {
@@ -9,7 +9,7 @@ setup() {
   PY=$PWD/.venv/bin/python
   local stamp wanted base
   stamp=.venv/installed
-  wanted="$(cat requirements.txt; printf '%s\n' "$@")"
+  wanted="$(cat requirements.txt "$@")"
   if "$PY" -c 'import torch' 2>/dev/null && [ -e "$stamp" ] &&
     [ -z "$(grep -vxFf "$stamp" <<<"$wanted" || true)" ]; then
     return
@@ -33,8 +33,8 @@ setup() {
   "$PY" -m pip install --quiet "setuptools<81" wheel
   "$PY" -m pip install --quiet --no-build-isolation visdom ||
     echo "setup: visdom could not be installed: everything runs, without live curves" >&2
-  grep -v '^visdom' requirements.txt >.venv/requirements.txt
-  "$PY" -m pip install --quiet -r .venv/requirements.txt "$@"
+  grep -v '^visdom' <<<"$wanted" >.venv/requirements.txt
+  "$PY" -m pip install --quiet -r .venv/requirements.txt
   echo "$wanted" >"$stamp"
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ZSKT in Fast-Datafree's CIFAR tables. Usage: --help.
+# ZSKT of Fast-Datafree's CIFAR tables. Usage: --help.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/cifar_rows.sh"
-cifar_rows zskt "" "$@"
+cifar_rows fast ZSKT "$@"

@@ -34,9 +34,7 @@ def test_joint_step(folded):
     for expected in REFERENCE["steps"]:
         n = np.random.RandomState(expected["latent_seed"])
         z = torch.tensor(n.standard_normal((settings["batch"], settings["latent"])))
-        losses = DAFL_train.distill_step(
-            z, generator, teacher, student, optimizer_G, optimizer_S, weights, nullcontext
-        )
+        losses = DAFL_train.distill_step(z, generator, teacher, student, optimizer_G, optimizer_S, weights, nullcontext)
         for ours, theirs in (
             ("loss_oh", "loss_one_hot"),
             ("loss_ie", "loss_information_entropy"),
@@ -77,30 +75,12 @@ def test_published_presets():
         )
 
     assert settings("--dataset", "mnist") == ("lenet5", "lenet5_half", 512, 200, 0.2, 2e-3, 100, 1, 5, 0.1)
-    assert settings("--dataset", "cifar10") == (
-        "resnet34",
-        "resnet18",
-        1024,
-        2000,
-        0.02,
-        0.1,
-        1000,
-        0.05,
-        5,
-        0.01,
-    )
+    assert settings("--dataset", "cifar10") == ("resnet34", "resnet18", 1024, 2000, 0.02, 0.1, 1000, 0.05, 5, 0.01)
     assert settings("--dataset", "cifar100")[-3:] == (0.5, 20, 0.1)
     assert settings("--dataset", "celeba")[4:] == (2e-3, 2e-4, 100, 2, 5, 0.1)
+    assert settings("--dataset", "mnist", "--teacher", "hintonnet", "--student", "hintonnet_half", "--nz", "7")[-4] == 7
     assert (
-        settings("--dataset", "mnist", "--teacher", "hintonnet", "--student", "hintonnet_half", "--nz", "7")[
-            -4
-        ]
-        == 7
-    )
-    assert (
-        DAFL_train.parse_args(
-            ["--dataset", "mnist", "--teacher", "hintonnet", "--student", "hintonnet_half"]
-        ).img_size
+        DAFL_train.parse_args(["--dataset", "mnist", "--teacher", "hintonnet", "--student", "hintonnet_half"]).img_size
         == 28
     )
     mmrazor = DAFL_train.parse_args(["--dataset", "cifar10", "--variant", "mmrazor"])
@@ -133,16 +113,17 @@ def test_warmup_rises_linearly(monkeypatch):
         DAFL_train,
         "distill_step",
         lambda *a: (
-            seen.append((a[4].param_groups[0]["lr"], a[5].param_groups[0]["lr"]))
-            or {"loss_kd": torch.zeros(())}
+            seen.append((a[4].param_groups[0]["lr"], a[5].param_groups[0]["lr"])) or {"loss_kd": torch.zeros(())}
         ),
     )
     net = torch.nn.Linear(1, 1)
     args = DAFL_train.parse_args(["--variant", "mmrazor", "--warmup", "4", "--iterations", "3"])
     runtime = Namespace(device=torch.device("cpu"), autocast=nullcontext)
+    s = Namespace(args=args, runtime=runtime, student=net, teacher=net, run=Namespace(tick=lambda loss: None))
     generator = get_generator("dafl", 2, 8, 1)
     optimizers = [make_optimizer("adamw", net.parameters(), 1.0) for _ in range(2)]
     for epoch in range(2):
-        DAFL_train.train_epoch(epoch, generator, net, net, *optimizers, args, runtime, lambda loss: None)
-    assert [s for _, s in seen] == pytest.approx([0.1 * f for f in (0.25, 0.5, 0.75, 1, 1, 1)])
-    assert [g for g, _ in seen] == pytest.approx([1e-3 * f for f in (0.25, 0.5, 0.75, 1, 1, 1)])
+        DAFL_train.train_epoch(epoch, s, generator, *optimizers)
+    rise = torch.tensor([1e-4, (1 + 2e-4) / 3, (2 + 1e-4) / 3, 1, 1, 1]).tolist()
+    assert [s for _, s in seen] == pytest.approx([0.1 * f for f in rise])
+    assert [g for g, _ in seen] == pytest.approx([1e-3 * f for f in rise])

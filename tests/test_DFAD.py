@@ -10,7 +10,6 @@ from reference_fill import fill, load_reference, noise
 import DFAD_caltech101
 import DFAD_cifar
 import DFAD_mnist
-from datafree import adversarial
 from datafree.runtime import make_optimizer
 from models import get_generator, get_model, set_folded
 
@@ -36,9 +35,9 @@ def test_iterations(folded):
         z = noise((8, 100, 1, 1), seed)
         networks = generator, teacher, student
         if "loss_S" in expected:
-            loss = adversarial.student_step(z, *networks, optimizer_S, nullcontext)
+            loss = DFAD_cifar.student_step(z, *networks, optimizer_S, nullcontext)
         else:
-            loss = adversarial.generator_step(z, *networks, optimizer_G, nullcontext)
+            loss = DFAD_cifar.generator_step(z, *networks, optimizer_G, nullcontext)
         assert loss.item() == pytest.approx(*expected.values(), rel=1e-7)
     check(student.parameters(), REFERENCE["student_parameters_after"])
     check(generator.parameters(), REFERENCE["generator_parameters_after"])
@@ -74,7 +73,7 @@ def test_generator_for_segmentation_maximises_the_logarithm(case):
             return self.logits
 
     generator = torch.nn.Linear(1, 1)
-    loss = adversarial.generator_step(
+    loss = DFAD_cifar.generator_step(
         torch.zeros(1, 1),
         generator,
         Answer(t),
@@ -88,31 +87,12 @@ def test_generator_for_segmentation_maximises_the_logarithm(case):
 
 
 def test_published_presets():
-    keys = (
-        "teacher",
-        "student",
-        "batch_size",
-        "n_epochs",
-        "epoch_itrs",
-        "k",
-        "lr_S",
-        "lr_G",
-        "weight_decay",
-        "nz",
-    )
+    keys = ("teacher", "student", "batch_size", "n_epochs", "epoch_itrs", "k", "lr_S", "lr_G", "weight_decay", "nz")
     for script, flags, row in (
         (DFAD_mnist, (), ("lenet5", "lenet5_half", 512, 40, 50, 5, 0.01, 1e-3, 1e-4, 100)),
         (DFAD_cifar, (), ("resnet34", "resnet18", 256, 500, 50, 5, 0.1, 1e-3, 5e-4, 256)),
-        (
-            DFAD_cifar,
-            ("--dataset", "cifar100"),
-            ("resnet34", "resnet18", 256, 500, 50, 5, 0.1, 1e-3, 5e-4, 256),
-        ),
-        (
-            DFAD_caltech101,
-            (),
-            ("resnet34_imagenet", "resnet18_imagenet", 64, 300, 50, 5, 0.05, 1e-3, 5e-4, 256),
-        ),
+        (DFAD_cifar, ("--dataset", "cifar100"), ("resnet34", "resnet18", 256, 500, 50, 5, 0.1, 1e-3, 5e-4, 256)),
+        (DFAD_caltech101, (), ("resnet34_imagenet", "resnet18_imagenet", 64, 300, 50, 5, 0.05, 1e-3, 5e-4, 256)),
     ):
         args = script.parse_args(flags)
         assert tuple(getattr(args, k) for k in keys) == row and not args.scheduler
@@ -130,7 +110,7 @@ def test_published_presets():
 def test_scheduler():
     def falls(*flags):
         args = DFAD_cifar.parse_args(flags)
-        factors = [adversarial.lr_fall(e, args) for e in range(args.n_epochs)]
+        factors = [DFAD_cifar.lr_fall(e, args) for e in range(args.n_epochs)]
         return [e for e in range(1, args.n_epochs) if factors[e] < factors[e - 1]]
 
     assert falls() == []
@@ -145,8 +125,9 @@ def test_both_learning_rates_fall(monkeypatch):
     generator = get_generator("generator_a", 2, 8, 1)
     optimizers = [make_optimizer("sgd", net.parameters(), 1.0) for _ in range(2)]
     for step in ("student_step", "generator_step"):
-        monkeypatch.setattr(adversarial, step, lambda *a, **k: torch.zeros(()))
+        monkeypatch.setattr(DFAD_cifar, step, lambda *a, **k: torch.zeros(()))
     runtime = Namespace(device=torch.device("cpu"), autocast=nullcontext)
+    s = Namespace(args=args, runtime=runtime, student=net, folded_teacher=net, run=Namespace(tick=lambda loss: None))
     for epoch, fall in ((0, 1), (1, 1), (2, 0.1), (4, 0.01), (9, 0.01)):
-        adversarial.train_epoch(epoch, generator, net, net, *optimizers, args, runtime, lambda loss: None)
+        DFAD_cifar.train_epoch(epoch, s, generator, *optimizers)
         assert [o.param_groups[0]["lr"] for o in optimizers] == pytest.approx([0.1 * fall, 1e-3 * fall])

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import DFND_train
-from data import DataError, get_wild
+from data import DataError, get_dataset, get_wild
 from datafree import checkpoint
 from datafree.losses import kd_loss
 from datafree.runtime import lr_at
@@ -27,9 +27,7 @@ def test_matrix_and_losses_agree():
     case = VALUES["dfnd/A"]
     inputs = case["inputs"]
     noise = DFND_train.NoiseAdaptation(5, inputs["teacher_accuracy"]).double()
-    torch.testing.assert_close(
-        noise.log_matrix().exp()[0].tolist(), case["matrix_at_zero_parameters_first_row"]
-    )
+    torch.testing.assert_close(noise.log_matrix().exp()[0].tolist(), case["matrix_at_zero_parameters_first_row"])
     noise.logits.data = normal(inputs["noise_parameters"])
     matrix = noise.log_matrix().exp()
     torch.testing.assert_close(matrix, torch.tensor(case["matrix_intended"]).double(), rtol=1e-7, atol=1e-9)
@@ -61,9 +59,7 @@ def test_a_perfect_teacher_has_a_finite_loss():
     t_logits = torch.randn(4, 3)
     loss = noise(s_logits, t_logits)
     loss.backward()
-    assert loss.item() == pytest.approx(
-        torch.nn.functional.cross_entropy(s_logits, t_logits.argmax(1)).item()
-    )
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(s_logits, t_logits.argmax(1)).item())
     assert s_logits.grad.isfinite().all() and noise.logits.grad.isfinite().all()
 
 
@@ -135,33 +131,23 @@ def test_folder_and_zip_are_the_same_images(wild, tmp_path):
         assert torch.equal(a[0], b[0]) and [row for row, _ in a[1]] == [row for row, _ in b[1]]
 
 
-@pytest.mark.parametrize("selection", DFND_train.ROWS)
+@pytest.mark.parametrize("selection", ["lowest", "random", "all"])
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_a_wild_folder_of_everything(kind, selection, wild, tmp_path, checkpoints, capsys):
     source = wild if kind == "folder" else zipped(wild, tmp_path / "wild.zip")
-    flags = (
-        "--wild",
-        source,
-        "--checkpoints",
-        checkpoints,
-        "--out",
-        tmp_path / "runs",
-        *SHORT,
-        "--selection",
-        selection,
-    )
+    flags = ("--wild", source, "--checkpoints", checkpoints, "--out", tmp_path, *SHORT, "--selection", selection)
     result = run(*flags)
     assert (result["wild_images"], result["wild_broken"]) == (29, 3)
     assert result["selected"] == (26 if selection == "all" else 16)
-    assert result["method"] == DFND_train.ROWS[selection]
-    folder = tmp_path / "runs" / result["name"]
+    folder = tmp_path / result["name"]
+    assert f"-{source.name}_" in folder.name
     assert "left out: 3 files" in (folder / "log.txt").read_text()
     for picture in ("wild_values.png", "samples/wild_best.png", "samples/wild_worst.png"):
         with Image.open(folder / picture) as image:
             assert image.getextrema() != ((0, 0), (0, 0), (0, 0))
     # A second run takes the scan from the disk, and ends with the same student.
     weights = checkpoint.read(folder / "last.pt")["state_dict"]
-    assert len(list((tmp_path / "runs" / "wild_scans").iterdir())) == 1
+    assert len(list((tmp_path / "wild_scans").iterdir())) == 1
     again = run(*flags)
     assert "scanned before" in (folder / "log.txt").read_text()
     assert again["last"] == result["last"]
@@ -181,39 +167,22 @@ def test_images_that_do_not_fit_are_streamed(wild, tmp_path, checkpoints):
 
 def test_the_surest_images_are_selected(tmp_path, checkpoints):
     """Of digits hidden among noise, the teacher takes the digits."""
-    from data import get_dataset
-
-    digits = get_dataset("digits").train.images[:64, 0].numpy()
+    digits = get_dataset("digits", train=True).train.images[:64, 0].numpy()
     noise = np.random.RandomState(0).randint(118, 138, (64, 32, 32), np.uint8)
     root = tmp_path / "wild"
     root.mkdir()
     for i, pixels in enumerate([*digits, *noise]):
         Image.fromarray(pixels).save(root / f"{i:03}.png")
-    args = DFND_train.parse_args(
-        ["--wild", str(root), "--num_select", "32", "--checkpoints", str(checkpoints)]
-    )
-    result = run(
-        "--wild",
-        root,
-        "--num_select",
-        32,
-        "--batch_size",
-        16,
-        "--n_epochs",
-        1,
-        "--checkpoints",
-        checkpoints,
-        "--out",
-        tmp_path / "runs",
-    )
-    scan = next((tmp_path / "runs" / "wild_scans").iterdir())
-    rows = DFND_train.select(checkpoint.read(scan), args)
+    flags = ("--wild", root, "--num_select", 32, "--batch_size", 16, "--n_epochs", 1)
+    result = run(*flags, "--checkpoints", checkpoints, "--out", tmp_path)
+    scan = next((tmp_path / "wild_scans").iterdir())
+    rows = DFND_train.select(checkpoint.read(scan), DFND_train.parse_args([str(flag) for flag in flags]))
     assert result["selected"] == 32 and (rows < 64).float().mean() > 0.9
 
 
 def test_the_accuracy_in_the_matrix(wild, tmp_path, checkpoints):
     common = ("--wild", wild, "--out", tmp_path, "--n_epochs", 1, *SHORT[2:])
-    content = checkpoint.read(checkpoints / "digits-lenet5.pt")
+    content = checkpoint.read(checkpoints / "digits-lenet5-digits.pt")
     known = run(*common, "--checkpoints", checkpoints)
     assert known["accuracy_in_Q"] == pytest.approx(content["card"]["accuracy"] / 100)
     assert run(*common, "--checkpoints", checkpoints, "--teacher_acc", 0.9)["accuracy_in_Q"] == 0.9
@@ -232,6 +201,47 @@ def test_wild_stats_change_what_the_teacher_sees(wild, tmp_path, checkpoints):
     assert not torch.equal(a, b)
 
 
+def test_without_test_images(wild, tmp_path, checkpoints, refused):
+    """The score is the agreement on wild images that did not teach."""
+    common = ("--dataset", "none", "--wild", wild, "--out", tmp_path, "--student", "lenet5_half", *SHORT)
+    teacher = ("--teacher", "lenet5", "--teacher_ckpt", checkpoints / "digits-lenet5-digits.pt")
+    for selection, selected in (("lowest", 16), ("random", 16), ("all", 13)):
+        result = run(*common, *teacher, "--selection", selection)
+        assert (result["score"], result["selected"]) == ("agreement", selected)
+        assert (result["test_images"], result["teacher_accuracy"], result["standard_error"]) == (0, None, None)
+        # Of 26 readable images 10 or 13 are left: the score is a multiple of one of them.
+        left = 26 - selected
+        assert result["last"] * left / 100 == pytest.approx(round(result["last"] * left / 100))
+    assert "lower --num_select" in refused(DFND_train, *common, *teacher, "--num_select", 26)
+
+
+def test_images_that_score_do_not_teach():
+    args = DFND_train.parse_args(["--dataset", "none", "--wild", "x", "--selection", "all", "--teacher_ckpt", "y"])
+    values = torch.rand(5000)
+    values[::7] = torch.nan
+    rows = DFND_train.select({"values": values}, args)
+    unseen = DFND_train.not_selected({"values": values}, rows)
+    assert len(unseen) == 1000 and rows.max() < unseen.min()
+    assert sorted([*rows.tolist(), *unseen.tolist()]) == (~values.isnan()).nonzero().flatten().tolist()
+
+
+def test_wild_set_and_selection_are_in_the_name(wild, tmp_path):
+    def name(*flags):
+        return DFND_train.parse_args([str(flag) for flag in flags]).run_name
+
+    names = {
+        name("--wild", "mnist"),
+        name("--wild", "mnist", "--selection", "random"),
+        name("--wild", wild),
+        name("--wild", tmp_path / wild.name),
+        name("--wild", "folder", "--wild_root", tmp_path),
+        name("--wild", "folder", "--wild_root", wild),
+    }
+    assert len(names) == 6
+    assert "DFND_train-digits-lenet5-lenet5_half-mnist" in names
+    assert "DFND_train-digits-lenet5-lenet5_half-mnist-selection_random" in names
+
+
 def test_wild_sets_that_cannot_be_used(wild, tmp_path, checkpoints, refused):
     common = ("--checkpoints", checkpoints, "--out", tmp_path / "runs")
     empty = tmp_path / "empty"
@@ -241,6 +251,7 @@ def test_wild_sets_that_cannot_be_used(wild, tmp_path, checkpoints, refused):
     for flags, words in (
         ((), "--wild is missing"),
         (("--wild", tmp_path / "nowhere"), "does not exist"),
+        (("--wild", "nowhere", "--wild_root", tmp_path), f"nowhere or {tmp_path / 'nowhere'} does not exist"),
         (("--wild", empty), "no images in"),
         (("--wild", damaged), "is damaged or no zip file"),
         (("--wild", wild, "--num_select", 30), "has 29 images, fewer than --num_select 30"),

@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-import pytest
 import torch
 from torchvision.transforms import v2
 
@@ -108,18 +107,7 @@ def test_transform_normalises_like_torchvision():
     assert not torch.equal(transform(x, train=True), transform(x))
 
 
-@pytest.mark.parametrize(("padding", "flip"), [(0, False)])
-def test_train_without_augmentation_is_test(padding, flip):
+def test_train_without_augmentation_is_test():
     x = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
-    transform = Transform((0.5,), (0.5,), padding, flip)
+    transform = Transform((0.5,), (0.5,))
     assert torch.equal(transform(x, train=True), transform(x))
-
-
-def test_crop_and_flip_pass_gradients_back():
-    x = torch.randn(3, 2, 5, 6, dtype=torch.float64, requires_grad=True)
-
-    def augment(x):
-        torch.manual_seed(0)
-        return random_flip(random_crop(x, 2))
-
-    assert torch.autograd.gradcheck(augment, (x,))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from datafree import checkpoint
-from datafree.runtime import UsageError
+from datafree.errors import UsageError
 from models import get_model
 
 
@@ -29,7 +29,7 @@ def test_save_is_atomic(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 def test_a_really_full_disk(tmp_path):
-    (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
+    (tmp_path / f"last.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(UsageError, match="No space left"):
         checkpoint.save({"epoch": 1}, tmp_path / "last.pt")
 
@@ -74,6 +74,7 @@ def test_damaged_files_are_refused(tmp_path, monkeypatch):
         lambda state: state,
         lambda state: {"state_dict": state, "epoch": 3},
         lambda state: {"model": state},
+        lambda state: {"model_state": state},
         lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}},
     ],
 )
@@ -124,7 +125,7 @@ def test_class_count_is_told_from_architecture_for_every_family(name):
 
 
 def test_rng_state_is_restored():
-    state = checkpoint.rng_state()
+    state = checkpoint.rng_state(torch.device("cpu"))
     first = torch.rand(3)
-    checkpoint.restore_rng(state)
+    checkpoint.restore_rng(state, torch.device("cpu"))
     assert torch.equal(torch.rand(3), first)

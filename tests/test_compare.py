@@ -1,4 +1,4 @@
-"""RESULTS.md is what compare.py makes of results/; every published cell has its command."""
+"""compare.py puts records beside the published cells, and what it wrote is up to date."""
 
 import csv
 import io
@@ -7,157 +7,95 @@ import re
 from pathlib import Path
 
 import pytest
+from test_papers import CELLS, record
 
 import compare
-import reproduce
+from datafree.records import read_records
 
 ROOT = Path(__file__).parent.parent
-CELLS = {cell.name: cell for cell in reproduce.cells()}
-
-
-def test_every_cell_is_there_once_and_has_a_command_that_parses():
-    rows = (ROOT / "results" / "paper_tables.csv").read_text().splitlines()
-    assert len(CELLS) == len(rows) - 1 == 210
-    for cell in CELLS.values():
-        if cell.script is None:
-            assert cell.reason and cell.command is None
-            continue
-        assert (ROOT / cell.script).is_file()
-        args = cell.args()
-        assert args.get("dataset") == cell.dataset
-        for script, _, target in cell.prepare:
-            assert (ROOT / script).is_file() and Path(target).name.startswith(cell.dataset)
-    assert sum(cell.script is None for cell in CELLS.values()) == 9
-
-
-@pytest.mark.parametrize(
-    ("name", "command"),
-    [
-        ("dafl-13", "python DAFL_train.py --dataset mnist --teacher lenet5 --student lenet5_half"),
-        (
-            "dfad-18",
-            "python vanilla_kd.py --dataset cifar10 --teacher resnet34 --student resnet18 "
-            "--transfer_set noise",
-        ),
-        (
-            "mmrazor-01",
-            "python DFAD_cifar.py --dataset cifar10 --teacher resnet34 --student resnet18 --variant mmrazor",
-        ),
-        (
-            "fast-45",
-            "python datafree_kd.py --dataset cifar10 --teacher wrn40_2 --student wrn16_2 "
-            "--method fast_meta --g_steps 2",
-        ),
-    ],
-)
-def test_commands(name, command):
-    assert CELLS[name].command == command
-
-
-def test_list_prints_every_cell(capsys):
-    reproduce.main(reproduce.parse_args(["--list"]))
-    lines = capsys.readouterr().out.splitlines()
-    assert sum(line.split(" ")[0] in CELLS for line in lines) == 210
-    assert sum(line.startswith("# ") for line in lines) == len(
-        {(c.row["source"], c.row["table"]) for c in CELLS.values()}
-    )
-
-
-def test_dry_run_shows_the_teacher_first_and_runs_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce.subprocess, "run", None)
-    flags = ["dafl-13", "--dry-run", "--seed", "1", "--data_root=elsewhere"]
-    teacher, student = reproduce.main(reproduce.parse_args(flags))
-    assert teacher[:5] == ["teacher_train.py", "--dataset", "mnist", "--model", "lenet5"]
-    assert teacher[-3:] == ["--data_root", "elsewhere", "--resume"]
-    assert student[0] == "DAFL_train.py" and student[-5:] == [
-        "--seed",
-        "1",
-        "--data_root",
-        "elsewhere",
-        "--resume",
-    ]
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "mnist-lenet5.pt").touch()
-    assert len(reproduce.main(reproduce.parse_args(flags))) == 1
-    assert "is there already" in capsys.readouterr().out
-
-
-def test_cells_that_cannot_be_run(refused):
-    assert "did you mean dafl-1" in refused(reproduce, "dafl-133")
-    assert "has no command: another paper's method" in refused(reproduce, "dafl-11")
-    assert "name a cell" in refused(reproduce)
-
-
-def result(cell, **changes):
-    """What a run of a cell leaves, with other values where `changes` says."""
-    args = json.loads(json.dumps(CELLS[cell].args(), default=str))
-    args |= {k: v for k, v in changes.items() if k in args}
-    facts = {
-        "name": f"run-{args['seed']}",
-        "last": 97.0,
-        "best": 98.0,
-        "seconds": 120.0,
-        "teacher_accuracy": 99.0,
-        "hardware": "a machine",
-        "seed": args["seed"],
-        "command": CELLS[cell].command,
-        "args": args,
-    }
-    return facts | {k: v for k, v in changes.items() if k not in args}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Results: DAFL on MNIST with three seeds and once shorter, a student from scratch, and a run
-    of no cell."""
+    """Records: DAFL on MNIST with three seeds and once shorter, a student from scratch, and two runs of no cell."""
     runs = [
-        *(result("dafl-13", seed=s, best=98.0 + s) for s in (0, 1, 2)),
-        result("dafl-13", n_epochs=50, best=95.0),
-        result("dafl-03", best=98.7),
-        result("dafl-13", dataset="digits", name="stray"),
-    ]
+        *(record("dafl-13", seed=s, best=98.0 + s) for s in (0, 1, 2)),
+        record("dafl-13", n_epochs=50, best=95.0, pieces=[
+            dict(epochs=[1, 30], precision="fp32"), dict(epochs=[31, 50], precision="bf16")
+        ]) | dict(precision="fp32 then bf16"),
+        record("dafl-03", best=98.7, method="Teacher"),
+        *(record("dafl-13", dataset="digits", seed=s, command=f"python DAFL_train.py --dataset digits --seed {s}")
+          for s in (0, 1)),
+    ]  # fmt: skip
+    out = tmp_path / "records"
+    out.mkdir()
     for i, run in enumerate(runs):
-        (tmp_path / f"{i}.json").write_text(json.dumps(run))
-    (tmp_path / "bench.json").write_text('{"ratio": 7}')
-    return tmp_path
+        (out / f"{i}.json").write_text(json.dumps(run))
+    (out / "bench.json").write_text('{"ratio": 7}')
+    return out
 
 
-def records_of(folder):
-    return compare.collect(compare.read_results(folder))
+def collected(folder):
+    return compare.collect(read_records(folder))
 
 
-def test_seeds_are_averaged_and_shorter_runs_stand_apart(folder):
-    records, others = records_of(folder)
-    full, short = (r for r in records if r["cell"] == "dafl-13")
+def test_seeds_are_averaged_and_other_runs_stand_apart(folder):
+    rows, others = collected(folder)
+    full, short = (r for r in rows if r["cell"] == "dafl-13")
     assert (full["n"], full["best"], full["best_std"], full["differs"]) == (3, 99.0, 1.0, "")
     assert full["best_minus_paper"] == pytest.approx(99.0 - 98.2)
     assert (full["teacher_score"], full["scratch_score"], full["minutes"]) == (99.0, 98.7, 2.0)
+    assert (full["standard_error"], full["mean"], full["verdict"]) == (pytest.approx(0.1), 90.0, "reproduced")
     assert (short["n"], short["best"], short["best_std"]) == (1, 95.0, None)
-    assert short["differs"] == "--n_epochs 50 (200)"
-    assert [r["name"] for r in others] == ["stray"]
-    # The same command stands in DFAD's table as well, and 208 other cells have nothing.
-    assert {r["cell"] for r in records if r["n"]} == {"dafl-03", "dafl-13", "dfad-21"}
-    assert len({r["cell"] for r in records}) == 210
-    assert all(r["note"] for r in records if not r["n"])
+    assert short["differs"] == "--n_epochs 50 (200), fp32 then bf16 (fp32)"
+    assert [[r["seed"] for r in runs] for runs in others] == [[0, 1]]
+    assert {r["cell"] for r in rows if r["n"]} == {"dafl-03", "dafl-13"}
+    assert {r["cell"] for r in rows} == {*CELLS}
+    assert all(r["note"] for r in rows if r["verdict"] == "no command")
 
 
-def test_segmentation_is_a_fraction_as_in_the_paper(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps(result("dfad-41", best=53.0)))
-    record = next(r for r in records_of(tmp_path)[0] if r["n"])
-    assert record["cell"] == "dfad-41" and record["best"] == pytest.approx(0.53)
-    assert record["best_minus_paper"] == pytest.approx(0.53 - 0.535)
+def test_a_score_of_segmentation_is_in_percent(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(record("dfad-41", best=53.0, score="mIoU")))
+    row = next(r for r in collected(tmp_path)[0] if r["n"])
+    assert (row["cell"], row["paper"], row["best"]) == ("dfad-41", 53.5, 53.0)
+    assert row["best_minus_paper"] == pytest.approx(-0.5) and row["verdict"] == "reproduced"
 
 
-def test_markdown_names_everything(folder):
-    text = compare.markdown(*records_of(folder))
-    assert "98.20 | 97.00 ± 0.00 | 99.00 ± 1.00 | 3 | +0.80" in text
-    assert "3 of 210 published cells" in text and "| stray |" in text
-    assert all(f"| {name} |" in text for name in CELLS)
-    assert "How `datafree_kd.py` differs from the published code (--as_published brings" in text
-    assert re.search(r"How `DAFL_train.py` differs .*:\n\n1\. .*\n2\. .*\n3\. .*\n4\. ", text)
-    rows = [line for line in text.splitlines() if line.startswith("| dafl-")]
-    assert len({line.count("|") for line in rows}) == 1
+def test_verdicts(folder):
+    lines = compare.verdicts(collected(folder)[0])
+    assert ("DAFL", "DAFL", "MNIST", "partly", "99.00 ± 1.00 / 98.20; 1 of 2 pairs run") in lines
+    assert ("Fast-Datafree", "Fast-10", "CIFAR-10, CIFAR-100", "not yet", "") in lines
+    assert ("NAYER", "NAYER-100", "CIFAR-100", "no command", "NAYER is not built") in lines
+    kinds = {(source, method, data) for source, method, datas, *_ in lines for data in datas.split(", ")}
+    assert kinds == {tuple(c.row[k] for k in ("source", "method", "dataset")) for c in CELLS.values()}
+
+
+def test_pages(folder):
+    pages = compare.pages(read_records(folder))
+    assert set(pages) == {"RESULTS.md", "results/results.csv"} | {
+        f"results/{p}.md" for p in ("dafl", "dfad", "dfnd", "fast", "mmrazor", "nayer")
+    }
+    top = pages["RESULTS.md"]
+    assert len(top.encode()) < 25_000 and "2 of 220 published cells" in top
+    assert (
+        "| dafl-13 | MNIST | DAFL | LeNet-5-HALF | 98.20 | 97.00 ± 0.00 | 99.00 ± 1.00 | 0.10 | 90.00 | 3 |  |" in top
+    )
+    assert "| `python DAFL_train.py --dataset digits` |" in top
+    every = "".join(pages.values())
+    for name, cell in CELLS.items():
+        assert len(re.findall(rf"^\| {name} \|", pages[f"results/{cell.paper}.md"], re.M)) == (
+            2 if name == "dafl-13" else 1
+        )
+    for script in {c.script for c in CELLS.values()} - {None}:
+        assert every.count(f"How `{script}` differs") == bool(compare.deviations(script))
+    dafl = pages["results/dafl.md"]
+    assert re.search(r"How `DAFL_train.py` differs .*:\n\n1\. .*\n2\. .*\n3\. .*\n4\. ", dafl)
+    assert "`vanilla_kd.py`: [dfad](dfad.md)" in dafl and "| 1-30 fp32, 31-50 bf16 |" in dafl
+    assert [dafl.count(f"]({i}.json)") for i in range(7)] == [1] * 7  # every seed's run
+    for page in pages.values():  # each table's lines are of one width
+        for block in re.findall(r"(?:^\|.*\n)+", page, re.M):
+            assert len({line.count(" | ") for line in block.splitlines() if "---" not in line}) == 1
+    assert not re.search(r"needs a GPU|needs the data", every)
 
 
 def test_formats_and_filters(folder, capsys):
@@ -167,33 +105,74 @@ def test_formats_and_filters(folder, capsys):
 
     table = list(csv.DictReader(io.StringIO(run("--format", "csv", "--dataset", "MNIST"))))
     assert {r["dataset"] for r in table} == {"MNIST"}
-    assert len(json.loads(run("--format", "json"))["cells"]) == 212
+    found = json.loads(run("--format", "json"))
+    assert len(found["cells"]) == 221 and found["others"] == ["5.json", "6.json"]
     text = run("--dataset", "MNIST", "--method", "DAFL")
-    assert "| dafl-14 |" in text and "dafl-01" not in text and "stray" not in text
+    assert "| dafl-14 |" in text and "dafl-01" not in text
 
 
-def test_a_file_and_plots(folder, tmp_path, capsys):
+def test_files_and_plots(folder, tmp_path, capsys):
     out = tmp_path / "new" / "RESULTS.md"
-    out.parent.mkdir()
     compare.main(compare.parse_args(["--results", str(folder), "--out", str(out)]))
-    assert out.read_text().startswith("# Results")
+    for name, text in compare.pages(read_records(folder)).items():
+        assert (out.parent / name).read_text() == text
     assert (out.parent / "results" / "plots" / "synthesis-cifar-10.png").stat().st_size > 5000
-    metrics = sorted(str(p) for p in (ROOT / "results" / "mnist").glob("*.metrics.csv"))
-    picture = tmp_path / "curves.png"
-    compare.main(compare.parse_args(["--curves", *metrics, "--out", str(picture)]))
-    assert picture.stat().st_size > 5000
+    for pattern in ("mnist/*.metrics.csv", "camvid/*.metrics.csv"):
+        metrics = sorted(str(p) for p in (ROOT / "results").glob(pattern))
+        picture = tmp_path / "curves.png"
+        compare.main(compare.parse_args(["--curves", *metrics, "--out", str(picture)]))
+        assert picture.stat().st_size > 5000
+        picture.unlink()
 
 
-def test_what_cannot_be_compared(folder, refused):
-    assert "no dataset 'MNISTS'" in refused(compare, "--dataset", "MNISTS")
+def test_readme_between_the_marks(folder, tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    readme, flags = tmp_path / "README.md", ("--readme", "--results", str(folder))
+    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    for _ in range(2):  # a second time changes nothing
+        compare.main(compare.parse_args(flags))
+        text = readme.read_text()
+        assert text.startswith("before\n<!-- results -->\n") and text.endswith("\n<!-- /results -->\nafter\n")
+        assert "old" not in text and text.count("| DAFL | DAFL | MNIST | partly | 99.00 ± 1.00 / 98.20;") == 1
+        assert "2 of 220 published cells" in text and "Fast-10" not in text
+    readme.write_text("no marks")
+    assert "lacks the marks" in refused(compare, *flags) and readme.read_text() == "no marks"
+
+
+def test_what_cannot_be_compared(folder, tmp_path, refused):
+    before = (ROOT / "RESULTS.md").read_bytes()
+    assert "no dataset 'MNISTS'" in refused(compare, "--results", folder, "--dataset", "MNISTS")
     assert "needs --out" in refused(compare, "--curves", "a.csv")
     assert "does not exist" in refused(compare, "--curves", "a.csv", "--out", "b.png")
+    assert "no/such does not exist" in refused(compare, "--results", "no/such")
+    (tmp_path / "empty").mkdir()
+    assert "has no records" in refused(compare, "--results", tmp_path / "empty")
     (folder / "0.json").write_text('{"last": ')
     assert "0.json is damaged" in refused(compare, "--results", folder)
+    assert (ROOT / "RESULTS.md").read_bytes() == before
 
 
-def test_results_file_is_up_to_date():
-    records, others = records_of(ROOT / "results")
-    assert (ROOT / "RESULTS.md").read_text() == compare.markdown(records, others), (
-        "results/ changed: run `python compare.py`"
-    )
+def test_what_it_wrote_is_up_to_date():
+    records = read_records(ROOT / "results")
+    for name, text in compare.pages(records).items():
+        assert (ROOT / name).read_text() == text, f"{name} is old: run `python compare.py`"
+    readme = (ROOT / "README.md").read_text()
+    if compare.MARKS[0] in readme:
+        assert compare.with_verdicts(readme, collected(ROOT / "results")[0]) == readme, (
+            "run `python compare.py --readme`"
+        )
+
+
+def test_records_tell_what_is_known_of_them():
+    records = {r["file"]: r for r in read_records(ROOT / "results")}
+    for r in records.values():
+        assert r["script"] == r["command"].split()[1] and r["epochs"] == r["args"]["n_epochs"]
+        n = {"digits": 500, "mnist": 10_000, "cifar10": 10_000}.get(r["dataset"])
+        if n:
+            assert r["test_images"] == n
+            assert r["standard_error"] == pytest.approx((r["last"] * (100 - r["last"]) / n) ** 0.5)
+        if r.get("teacher_weights", {}).get("sha256") == "unknown":  # runs from before it was recorded
+            recipe = {98.94: "dfad-mnist", 99.08: "dafl-mnist", 98.18: "dafl-mnist"}.get(r["teacher_accuracy"])
+            assert r["teacher_weights"]["recipe"] == (recipe or {"digits": "digits"}.get(r["dataset"], "unknown"))
+    pieces = records["mnist/DAFL_train-mnist-lenet5-lenet5_half-fp32-then-bf16.json"]["pieces"]
+    assert [(p["epochs"], p["precision"]) for p in pieces] == [([1, 50], "fp32"), ([51, 58], "bf16")]

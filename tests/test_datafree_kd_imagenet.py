@@ -16,42 +16,17 @@ from datafree.pool import ImagePool, read_raw
 from datafree.synthesis import FastLatents
 from models import get_generator, get_model
 
-TINY = (
-    "--dataset",
-    "digits",
-    "--teacher",
-    "resnet8",
-    "--student",
-    "resnet8",
-    "--batch_size",
-    "16",
-    "--synthesis_batch_size",
-    "16",
-    "--n_epochs",
-    "2",
-    "--ep_steps",
-    "5",
-    "--kd_steps",
-    "2",
-    "--g_steps",
-    "2",
-    "--nz",
-    "8",
-    "--ngf",
-    "8",
-    "--lr",
-    "0.01",
-    "--phase1_rounds",
-    "3",
-    "--z_rounds",
-    "2",
-)
+TEACHER = "digits-resnet8-digits.pt"
+# fmt: off
+TINY = ("--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch_size", "16",
+        "--synthesis_batch_size", "16", "--n_epochs", "2", "--ep_steps", "5", "--kd_steps", "2", "--g_steps", "2",
+        "--nz", "8", "--ngf", "8", "--lr", "0.01", "--phase1_rounds", "3", "--z_rounds", "2")
+# fmt: on
 
 
 def start(out, checkpoints, *flags):
-    return datafree_kd_imagenet.main(
-        datafree_kd_imagenet.parse_args([*TINY, *flags, "--out", str(out), "--checkpoints", str(checkpoints)])
-    )
+    args = datafree_kd_imagenet.parse_args([*TINY, *flags, "--out", out, "--checkpoints", checkpoints])
+    return datafree_kd_imagenet.main(args)
 
 
 def test_a_run_on_the_digits(tmp_path, checkpoints):
@@ -73,6 +48,13 @@ def test_a_run_on_the_digits(tmp_path, checkpoints):
     assert state["z_optimizer"]["state"][0]["step"] == 1  # drawn anew in the seventh round
 
 
+def test_without_any_images(tmp_path, checkpoints):
+    result = start(
+        tmp_path, checkpoints, "--dataset", "none", "--teacher_ckpt", checkpoints / TEACHER, "--is_maml", "1"
+    )
+    assert result["score"] == "agreement" and 0 <= result["last"] <= 100 and result["test_images"] == 0
+
+
 def test_first_phase_has_no_adversary(tmp_path, checkpoints, monkeypatch):
     calls, synthesize = [], FastLatents.synthesize
 
@@ -84,9 +66,10 @@ def test_first_phase_has_no_adversary(tmp_path, checkpoints, monkeypatch):
     monkeypatch.setattr(FastLatents, "synthesize", noted)
     start(tmp_path, checkpoints, "--bn", "0", "--adv", "0")
     assert calls == [False] * 3 + [True] * 4
-    calls.clear()
-    start(tmp_path, checkpoints, "--n_epochs", "3", "--bn", "0", "--adv", "0", "--resume")
-    assert calls == [True] * 2
+    (result,) = tmp_path.glob("*/result.json")
+    result.unlink()
+    start(tmp_path, checkpoints, "--bn", "0", "--adv", "0", "--resume")
+    assert len(calls) == 7  # the first phase is not made again
 
 
 def test_first_phase_goes_on_where_it_stopped(tmp_path, checkpoints, monkeypatch):
@@ -106,33 +89,18 @@ def test_first_phase_goes_on_where_it_stopped(tmp_path, checkpoints, monkeypatch
         start(tmp_path, checkpoints, *flags, "--tag", "stopped")
     folder = tmp_path / start(tmp_path, checkpoints, *flags, "--tag", "stopped", "--resume")["name"]
     assert "before the end of what precedes" in (folder / "log.txt").read_text()
-    for name in ("best.pt", "pool.u8"):
-        assert (whole / name).read_bytes() == (folder / name).read_bytes(), name
+    assert (whole / "pool.u8").read_bytes() == (folder / "pool.u8").read_bytes()
+    a, b = (checkpoint.read(path / "best.pt")["state_dict"] for path in (whole, folder))
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_published_settings():
-    shared = dict(
-        synthesis_batch_size=100,
-        batch_size=100,
-        g_steps=50,
-        lr_g=2e-4,
-        lr_z=0.01,
-        meta_lr_g=1e-4,
-        meta_lr_z=5e-3,
-        z_rounds=50,
-        bn=0.1,
-        oh=0.1,
-        T=5,
-        n_epochs=400,
-        ep_steps=1000,
-        kd_steps=100,
-        lr=0.1,
-        weight_decay=1e-4,
-        reptile_factor=1,
-        milestones=[0.6, 0.75, 0.9],
-        teacher="resnet50_imagenet",
-        dataset="imagenet",
-    )
+    # fmt: off
+    shared = dict(synthesis_batch_size=100, batch_size=100, g_steps=50, lr_g=2e-4, lr_z=0.01, meta_lr_g=1e-4,
+                  meta_lr_z=5e-3, z_rounds=50, bn=0.1, oh=0.1, T=5, n_epochs=400, ep_steps=1000, kd_steps=100, lr=0.1,
+                  weight_decay=1e-4, reptile_factor=1, is_maml=0, bn_mmt=0, phase1_rounds=1400,
+                  milestones=[0.6, 0.75, 0.9], teacher="resnet50_imagenet", dataset="imagenet")
+    # fmt: on
     for student, adv in (("resnet18_imagenet", 1.0), ("resnet50_imagenet", 0.1), ("mobilenetv2", 0.1)):
         found = vars(datafree_kd_imagenet.parse_args(["--student", student]))
         assert {k: found[k] for k in shared} == shared and found["adv"] == adv
@@ -155,19 +123,10 @@ def test_reptile_by_hand(factor, tmp_path):
     student = fill(get_model("resnet8")).requires_grad_(False)
     generator = fill(get_generator("deep", 4, 32, 3, ngf=4)).train()
     transform = Transform((0.5,) * 3, (0.25,) * 3)  # no augmentation
-    settings = dict(
-        synthesis_batch_size=4,
-        g_steps=2,
-        lr_g=1e-3,
-        lr_z=0.02,
-        meta_lr_g=3e-3,
-        meta_lr_z=7e-3,
-        z_rounds=2,
-        reptile_factor=factor,
-        bn=0.1,
-        oh=0.5,
-        adv=0.0,
-    )
+    # fmt: off
+    settings = dict(synthesis_batch_size=4, g_steps=2, lr_g=1e-3, lr_z=0.02, meta_lr_g=3e-3, meta_lr_z=7e-3,
+                    z_rounds=2, reptile_factor=factor, is_maml=0, bn_mmt=0.0, bn=0.1, oh=0.5, adv=0.0)
+    # fmt: on
     pool = ImagePool((3, 32, 32), "cpu", tmp_path / "pool.u8")
     family = FastLatents(teacher, student, generator, transform, (3, 32, 32), 10, runtime, pool, **settings)
     drawn = iter([noise((4, 4, 2, 2), 1), noise((4, 4, 2, 2), 2)])
@@ -228,8 +187,8 @@ def test_what_ends_in_one_line(tmp_path, checkpoints, refused):
         (("--student", "resnet999"), "invalid choice"),
         ((*digits, "--teacher_ckpt", bare, "--img_size", "40"), "multiple of 16"),
         ((*digits, "--teacher", "lenet5"), "lenet5 has no BatchNorm layers"),
-        ((*digits, "--teacher_ckpt", tmp_path / "no.pt"), "--dataset digits --model resnet8`"),
-        ((*where, "--data_root", tmp_path), "no imagenet"),
+        ((*digits, "--checkpoints", tmp_path / "none"), "--dataset digits --model resnet8 --recipe digits`"),
+        (where, "--dataset imagenet --model resnet50_imagenet --recipe imagenet --pretrained`"),
     ):
         assert words in refused(datafree_kd_imagenet, *flags), flags
     assert not (tmp_path / "runs").exists()

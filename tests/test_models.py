@@ -9,19 +9,11 @@ from reference_fill import fill, fill_value, load_reference, noise
 from torch import nn
 
 import models
-from models import (
-    GENERATORS,
-    MODELS,
-    SEGMENTERS,
-    UpsampleConv2d,
-    get_generator,
-    get_model,
-    get_segmenter,
-    input_size,
-)
+from models import GENERATORS, MODELS, SEGMENTERS, UpsampleConv2d, get_generator, get_model, get_segmenter, input_size
 from models.lenet import PUBLISHED_NAMES
 
-REFERENCE = load_reference("architectures")["architectures"]
+MMRAZOR = load_reference("mmrazor")["architectures"]
+REFERENCE = load_reference("architectures")["architectures"] | MMRAZOR
 
 # Reference entry: name in MODELS. Entries not named here are their registry name after "fast/".
 CLASSIFIERS = {
@@ -46,6 +38,9 @@ IMAGE_GENERATORS = {
     "dfad/GeneratorB_img128": "generator_b",
     "dafl/Generator_latent100_ch1": "dafl",
     "dafl/Generator_latent1000_ch3": "dafl",
+    "mmrazor/DAFLGenerator_latent1000": "dafl",
+    "mmrazor/DAFLGenerator_latent256_eps1e-5": "generator_a",
+    "mmrazor/ZSKTGenerator_latent256": "zskt",
 }
 SEGMENTATION = {
     "dfad/deeplabv3_resnet50": "deeplabv3_resnet50",
@@ -88,13 +83,21 @@ def reference_generator(entry):
         IMAGE_GENERATORS[entry],
         given.get("nz", given.get("latent_dim")),
         img_size=given["img_size"],
-        channels=given.get("nc", given.get("channels")),
-        ngf=given.get("ngf", 64),
+        channels=given.get("nc", given.get("channels", 3)),
+        ngf=given.get("ngf", given.get("hidden_channels", 128) // 2),
     )
 
 
 def names_and_shapes(module):
     return [[name, list(v.shape)] for name, v in module.state_dict().items()]
+
+
+def fill_as(module, published):
+    """Fill `module` by the rule, for the published [name, shape] of its entries, in order."""
+    assert [shape for _, shape in published] == [shape for _, shape in names_and_shapes(module)]
+    values = (fill_value(name, shape) for name, shape in published)
+    module.double().load_state_dict(dict(zip(module.state_dict(), values, strict=True)))
+    return module.eval()
 
 
 def close(actual, expected):
@@ -163,17 +166,17 @@ def test_classifier_agrees_with_published(entry):
 def test_generator_agrees_with_published(entry):
     expected = REFERENCE[entry]
     generator = reference_generator(entry)
-    assert names_and_shapes(generator) == expected["state_dict"]
+    assert entry in MMRAZOR or names_and_shapes(generator) == expected["state_dict"]
+    fill_as(generator, expected["state_dict"])
     assert sum(p.numel() for p in generator.parameters()) == expected["num_parameters"]
     assert list(generator.latents(expected["latent_shape"][0]).flatten(1).shape) == list(
         torch.empty(expected["latent_shape"]).flatten(1).shape
     )
-    for name, eps in expected.get("batch_norm_eps", []):
-        assert generator.get_submodule(name).eps == eps
+    eps = [m.eps for m in generator.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert eps == [eps for _, eps in expected.get("batch_norm_eps", zip(eps, eps, strict=True))]
     if not expected["values_in_this_file"]:
         return
     z = noise(expected["latent_shape"], expected["latent_seed"])
-    fill(generator)
     with torch.no_grad():
         compare(generator(z), expected["output_eval"])
         compare(generator.train()(z), expected["output_train"])
@@ -240,6 +243,22 @@ def test_unknown_names_are_refused_in_one_line(lookup):
         get_model("resnet19")
 
 
+def test_a_network_of_ones_own_is_registered_by_one_call(monkeypatch):
+    class MyNet(nn.Linear):
+        input_size = 6
+
+        def __init__(self, num_classes=10, channels=3, side=5):
+            super().__init__(channels * side**2, num_classes)
+
+    with pytest.raises(ValueError, match="'resnet18' is taken"):
+        models.register("resnet18", MyNet)
+    monkeypatch.setitem(MODELS, "my_net", None)  # so that the test leaves no trace
+    del MODELS["my_net"]
+    models.register("my_net", MyNet, side=6)
+    assert get_model("my_net", 7, channels=1).weight.shape == (7, 36)
+    assert models.agree_on_size(["resnet18", "my_net"]) == 6
+
+
 @pytest.mark.parametrize("prefix", ["", "net."])
 def test_lenet_loads_both_published_namings(prefix):
     source, target = get_model("lenet5"), copy.deepcopy(get_model("lenet5"))
@@ -302,12 +321,10 @@ def with_gradients(generator, z):
     wanted = {"z": z} | {k: p for k, p in generator.named_parameters() if p.requires_grad}
     images = generator(z)
     weights = noise(images.shape, 2)
-    return images, dict(
-        zip(wanted, torch.autograd.grad((images * weights).sum(), wanted.values()), strict=True)
-    )
+    return images, dict(zip(wanted, torch.autograd.grad((images * weights).sum(), wanted.values()), strict=True))
 
 
-@pytest.mark.parametrize("name", ["generator_a", "dafl", "fast", "deep", "cmi_large"])
+@pytest.mark.parametrize("name", ["generator_a", "dafl", "fast", "deep", "cmi_large", "zskt"])
 def test_folded_upsampling_is_exact(name):
     generator = fill(small_generator(name)).train()
     z = generator.latents(3).double()
@@ -330,9 +347,7 @@ def test_folded_layer_alone(memory_format):
         first = torch.autograd.grad((y**3).sum(), wanted, create_graph=True)
         return y, first, torch.autograd.grad(sum((g**2).sum() for g in first), wanted)
 
-    torch.testing.assert_close(
-        first_and_second_order(True), first_and_second_order(False), rtol=1e-10, atol=1e-10
-    )
+    torch.testing.assert_close(first_and_second_order(True), first_and_second_order(False), rtol=1e-10, atol=1e-10)
 
 
 def test_folded_layer_under_bfloat16_autocast():

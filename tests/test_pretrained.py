@@ -1,7 +1,5 @@
 """teacher_train.py --pretrained: torchvision's ImageNet weights become a teacher; no network."""
 
-import json
-
 import pytest
 import torch
 from PIL import Image
@@ -9,6 +7,7 @@ from PIL import Image
 import datafree_kd_imagenet
 import teacher_train
 from datafree import checkpoint
+from datafree.teachers import PRETRAINED
 from models import get_model
 
 FLAGS = ("--dataset", "imagenet", "--model", "resnet18_imagenet", "--pretrained")
@@ -22,40 +21,29 @@ def where(tmp_path):
             folder = tmp_path / "imagenet" / split / name
             folder.mkdir(parents=True)
             Image.new("RGB", (40, 32), colour).save(folder / "0.png")
-    return [
-        "--data_root",
-        str(tmp_path),
-        "--out",
-        str(tmp_path / "runs"),
-        "--checkpoints",
-        str(tmp_path / "checkpoints"),
-        "--img_size",
-        "32",
-    ]
+    out = ("--out", tmp_path / "runs", "--checkpoints", tmp_path / "checkpoints")
+    return ["--data_root", tmp_path, *out, "--img_size", "32"]
 
 
 def offer(monkeypatch, answer):
     """Let torchvision's loader return what answer() does."""
-    monkeypatch.setattr(
-        type(checkpoint.PRETRAINED["resnet18_imagenet"]), "get_state_dict", lambda self, progress: answer()
-    )
+    monkeypatch.setattr(type(PRETRAINED["resnet18_imagenet"]), "get_state_dict", lambda self, progress: answer())
 
 
-def test_weights_are_tested_and_copied(where, tmp_path, monkeypatch):
+def test_weights_are_tested_and_copied(where, tmp_path, monkeypatch, contents):
+    (tmp_path / "imagenet" / "train").rename(tmp_path / "absent")  # only test images are read
     state = get_model("resnet18_imagenet", 3).state_dict()
     offer(monkeypatch, lambda: state)
     result = teacher_train.main(teacher_train.parse_args([*FLAGS, *where]))
-    content = checkpoint.read(tmp_path / "checkpoints" / "imagenet-resnet18_imagenet.pt")
+    content = checkpoint.read(tmp_path / "checkpoints" / "imagenet-resnet18_imagenet-imagenet.pt")
     assert all(torch.equal(v, state[k]) for k, v in content["state_dict"].items())
     card = content["card"]
     assert card["model"] == "resnet18_imagenet" and card["class_names"] == ["n01", "n02", "n03"]
     assert card["mean"] == [0.485, 0.456, 0.406] and card["accuracy"] == result["last"]
-    assert (
-        json.loads((tmp_path / "runs" / result["name"] / "result.json").read_text())["args"]["pretrained"]
-        is True
-    )
+    assert (card["recipe"], card["run"]) == ("imagenet", result["name"]) and result["args"]["pretrained"] is True
+    before = contents(tmp_path)
     again = teacher_train.main(teacher_train.parse_args([*FLAGS, *where, "--resume"]))
-    assert again["last"] == result["last"]
+    assert again["seconds"] == result["seconds"] and contents(tmp_path) == before
 
 
 def test_what_ends_in_one_line(where, tmp_path, refused, monkeypatch):
@@ -71,24 +59,13 @@ def test_what_ends_in_one_line(where, tmp_path, refused, monkeypatch):
     for flags, words in (
         (("--dataset", "imagenet", "--model", "resnet18"), "--model resnet18_imagenet, "),
         (("--dataset", "digits", "--model", "resnet18_imagenet"), "--dataset imagenet"),
+        ((*FLAGS, "--recipe", "dafl"), "its own recipe"),
         ((*FLAGS, "--lr", "0.1"), "leave --lr out"),
         ((*FLAGS, "--n_epochs", "9"), "leave --n_epochs out"),
     ):
         assert words in refused(teacher_train, *flags, "--pretrained"), flags
     error = refused(datafree_kd_imagenet, *where)
-    assert "python teacher_train.py --dataset imagenet --model resnet50_imagenet --pretrained`" in error
+    assert "--dataset imagenet --model resnet50_imagenet --recipe imagenet --pretrained`" in error
     error = refused(datafree_kd_imagenet, *where, "--teacher", "wrn40_2")
-    assert "--model wrn40_2`" in error
+    assert "--model wrn40_2 --recipe imagenet`" in error
     assert not (tmp_path / "runs").exists() and not (tmp_path / "checkpoints").exists()
-
-
-def test_recipe_of_imagenet():
-    args = teacher_train.parse_args(["--dataset", "imagenet", "--model", "resnet18_imagenet"])
-    assert (args.recipe, args.optimizer, args.lr, args.weight_decay, args.batch_size) == (
-        "imagenet",
-        "sgd",
-        0.1,
-        1e-4,
-        256,
-    )
-    assert (args.n_epochs, args.milestones, args.gamma) == (90, [1 / 3, 2 / 3], 0.1)

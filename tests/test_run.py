@@ -22,151 +22,64 @@ import DFAD_mnist
 import DFND_train
 import teacher_train
 import vanilla_kd
-from data import DataError
-from datafree import adversarial, checkpoint
-from datafree.runtime import cli
+import ZSKT_train
+from datafree import checkpoint
+from datafree.cli import cli
+from datafree.errors import TimeLimit
+from datafree.session import Session
 
 ROOT = Path(__file__).parent.parent
 
 
 class Case(NamedTuple):
-    """A short run of a script: its flags, the folder that it writes, the module of its loop."""
+    """A short run of a script: its flags, and the module of its loop."""
 
     script: object
     flags: tuple
-    folder: str
     module: object = None
 
     @property
     def loop(self):
         return self.module or self.script
 
+    def folder(self, *more):
+        return self.script.parse_args([*self.flags, *more]).run_name
 
-def datafree(method, *flags):
-    return Case(
-        datafree_kd,
-        (
-            "--batch_size",
-            "16",
-            "--synthesis_batch_size",
-            "16",
-            "--ep_steps",
-            "4",
-            "--n_epochs",
-            "4",
-            "--warmup",
-            "1",
-            "--lr",
-            "0.01",
-            "--sample_every",
-            "2",
-            "--teacher",
-            "resnet8",
-            "--student",
-            "resnet8",
-            "--method",
-            method,
-            "--g_steps",
-            "2",
-            *flags,
-        ),
-        f"datafree_kd-digits-resnet8-resnet8-{method}" + "2" * (method == "fast_meta"),
+
+def case(script, flags, module=None):
+    return Case(script, tuple(flags.split()), module)
+
+
+def datafree(method, flags=""):
+    common = (
+        "--batch_size 16 --synthesis_batch_size 16 --ep_steps 4 --n_epochs 4 --warmup 1 --lr 0.01 --sample_every 2 "
+        "--teacher resnet8 --student resnet8 --g_steps 2"
     )
+    return case(datafree_kd, f"{common} --method {method} {flags}")
 
 
-SMALL_GENERATOR = ("--nz", "8", "--ngf", "8")
-DAFL = Case(
-    DAFL_train,
-    (
-        "--batch_size",
-        "16",
-        "--iterations",
-        "4",
-        "--n_epochs",
-        "4",
-        "--nz",
-        "4",
-        "--milestones",
-        "0.5",
-        "--sample_every",
-        "2",
-    ),
-    "DAFL_train-digits-lenet5-lenet5_half",
-)
+SMALL_GENERATOR = "--nz 8 --ngf 8"
+DAFL = case(DAFL_train, "--batch_size 16 --iterations 4 --n_epochs 4 --nz 4 --milestones 0.5 --sample_every 2")
 CASES = {
     "DAFL_train": DAFL,
-    "teacher_train": Case(
-        teacher_train,
-        ("--batch_size", "128", "--n_epochs", "4", "--recipe", "dafl"),
-        "teacher_train-digits-lenet5",
-    ),
-    "vanilla_kd": Case(
-        vanilla_kd,
-        ("--batch_size", "128", "--n_epochs", "4", "--transfer_set", "noise"),
-        "vanilla_kd-digits-lenet5-lenet5_half-noise",
-    ),
-    "fast_meta": datafree("fast_meta", *SMALL_GENERATOR),
-    "cmi": datafree("cmi", *SMALL_GENERATOR, "--bank_size", "40", "--n_neg", "8"),
+    "teacher_train": case(teacher_train, "--batch_size 128 --n_epochs 4 --recipe dafl"),
+    "vanilla_kd": case(vanilla_kd, "--batch_size 128 --n_epochs 4 --transfer_set noise"),
+    "fast_meta": datafree("fast_meta", SMALL_GENERATOR),
+    "cmi": datafree("cmi", f"{SMALL_GENERATOR} --bank_size 40 --n_neg 8"),
     "deepinv": datafree("deepinv"),
-    "dfq": datafree("dfq", *SMALL_GENERATOR, "--kd_steps", "2"),
-    "datafree_kd_imagenet": Case(
+    "dfq": datafree("dfq", f"{SMALL_GENERATOR} --kd_steps 2"),
+    "datafree_kd_imagenet": case(
         datafree_kd_imagenet,
-        (
-            "--batch_size",
-            "8",
-            "--synthesis_batch_size",
-            "8",
-            "--dataset",
-            "digits",
-            "--ep_steps",
-            "2",
-            "--kd_steps",
-            "2",
-            "--n_epochs",
-            "4",
-            "--lr",
-            "0.01",
-            "--sample_every",
-            "2",
-            "--teacher",
-            "resnet8",
-            "--student",
-            "resnet8",
-            "--g_steps",
-            "2",
-            "--phase1_rounds",
-            "2",
-            "--z_rounds",
-            "4",
-            *SMALL_GENERATOR,
-        ),
-        "datafree_kd_imagenet-digits-resnet8-resnet8",
+        "--batch_size 8 --synthesis_batch_size 8 --dataset digits --ep_steps 2 --kd_steps 2 --n_epochs 4 --lr 0.01 "
+        f"--sample_every 2 --teacher resnet8 --student resnet8 --g_steps 2 --phase1_rounds 2 --z_rounds 4 {SMALL_GENERATOR}",
     ),
-    "DFAD_mnist": Case(
+    "DFAD_mnist": case(
         DFAD_mnist,
-        (
-            "--batch_size",
-            "16",
-            "--dataset",
-            "digits",
-            "--n_epochs",
-            "4",
-            "--epoch_itrs",
-            "2",
-            "--nz",
-            "4",
-            "--sample_every",
-            "2",
-            "--scheduler",
-        ),
-        "DFAD_mnist-digits-lenet5-lenet5_half",
-        adversarial,
+        "--batch_size 16 --dataset digits --n_epochs 4 --epoch_itrs 2 --nz 4 --sample_every 2 --scheduler",
+        DFAD_cifar,
     ),
-    "DFND_train": Case(
-        DFND_train,
-        ("--batch_size", "64", "--wild", "digits", "--num_select", "256", "--n_epochs", "4"),
-        "DFND_train-digits-lenet5-lenet5_half",
-    ),
+    "ZSKT_train": case(ZSKT_train, "--batch_size 16 --n_epochs 4 --epoch_itrs 2 --nz 4 --sample_every 2"),
+    "DFND_train": case(DFND_train, "--batch_size 64 --wild digits --num_select 256 --n_epochs 4"),
 }
 
 
@@ -187,14 +100,14 @@ def equal(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def states(out, case):
-    content = checkpoint.read(out / case.folder / "last.pt")
+def states(out, case, *flags):
+    content = checkpoint.read(out / case.folder(*flags) / "last.pt")
     states = {k: v for k, v in content["run"]["states"].items() if k != "timer"}
     return content["state_dict"], states, content["run"]["rng"], content["epoch"]
 
 
 def rows(out, case):
-    with (out / case.folder / "metrics.csv").open(newline="") as file:
+    with (out / case.folder() / "metrics.csv").open(newline="") as file:
         return [{k: v for k, v in r.items() if "seconds" not in k} for r in csv.DictReader(file)]
 
 
@@ -222,41 +135,37 @@ def test_resume_after_any_epoch_is_bit_identical(whole, stop, tmp_path, checkpoi
     with monkeypatch.context() as patch:
         patch.setattr(case.loop, "train_epoch", interrupted)
         with pytest.raises(SystemExit) as end:
-            cli(case.script.main, lambda: case.script.parse_args(argv), DataError)
+            cli(case.script.main, lambda: case.script.parse_args(argv))
     assert end.value.code == 130 and "--resume" in capsys.readouterr().err
     run(case.script, *argv, "--resume")
     assert equal(states(tmp_path, case), states(out, case))
     assert rows(tmp_path, case) == rows(out, case)
     assert equal(
-        checkpoint.read(tmp_path / case.folder / "best.pt"), checkpoint.read(out / case.folder / "best.pt")
+        checkpoint.read(tmp_path / case.folder() / "best.pt"), checkpoint.read(out / case.folder() / "best.pt")
     )
 
 
 def test_resume_after_a_kill_in_mid_epoch_is_bit_identical(tmp_path, checkpoints):
     def argv(out):
-        return [
-            sys.executable,
-            str(ROOT / "DAFL_train.py"),
-            *command(DAFL, out, checkpoints, "--iterations", "30"),
-        ]
+        return [sys.executable, str(ROOT / "DAFL_train.py"), *command(DAFL, out, checkpoints, "--iterations", "30")]
 
     subprocess.run(argv(tmp_path / "whole"), check=True, capture_output=True)
     process = subprocess.Popen(argv(tmp_path / "killed"), stdout=subprocess.DEVNULL)
-    metrics = tmp_path / "killed" / DAFL.folder / "metrics.csv"
+    metrics = tmp_path / "killed" / DAFL.folder("--iterations", "30") / "metrics.csv"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
         assert process.poll() is None
         time.sleep(0.01)
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert states(tmp_path / "killed", DAFL)[3] < 3
+    assert states(tmp_path / "killed", DAFL, "--iterations", "30")[3] < 3
     subprocess.run([*argv(tmp_path / "killed"), "--resume"], check=True, capture_output=True)
-    assert equal(states(tmp_path / "killed", DAFL), states(tmp_path / "whole", DAFL))
+    assert equal(states(tmp_path / "killed", DAFL, "--iterations", "30"), states(tmp_path / "whole", DAFL, "--iterations", "30"))
 
 
 def test_folder_holds_what_it_should(whole):
     case, out = whole
-    folder = out / case.folder
+    folder = out / case.folder()
     names = {p.name for p in folder.iterdir()}
     assert {
         "args.json",
@@ -296,9 +205,9 @@ def test_folder_holds_what_it_should(whole):
 def test_best_weights_score_what_the_record_says(whole, checkpoints, capsys):
     case, out = whole
     argv = command(case, out, checkpoints)
-    result = json.loads((out / case.folder / "result.json").read_text())
+    result = json.loads((out / case.folder() / "result.json").read_text())
     assert run(case.script, *argv, "--evaluate_only")["accuracy"] == result["best"]
-    last = str(out / case.folder / "last.pt")
+    last = str(out / case.folder() / "last.pt")
     assert run(case.script, *argv, "--evaluate_only", "--ckpt", last)["accuracy"] == result["last"]
     assert f"Acc@1={result['last']:.2f}" in capsys.readouterr().out
 
@@ -306,29 +215,28 @@ def test_best_weights_score_what_the_record_says(whole, checkpoints, capsys):
 def test_teacher_for_distillation_is_the_best_epoch(whole, checkpoints):
     case, out = whole
     if case.script is teacher_train:
-        assert equal(
-            checkpoint.read(out / "checkpoints" / "digits-lenet5.pt"),
-            checkpoint.read(out / case.folder / "best.pt"),
-        )
+        made, best = out / "checkpoints" / "digits-lenet5-dafl.pt", out / case.folder() / "best.pt"
+        assert equal(checkpoint.read(made)["state_dict"], checkpoint.read(best)["state_dict"])
 
 
 def test_generated_images_are_written(whole):
     case, out = whole
     if case.script not in (teacher_train, vanilla_kd, DFND_train):
-        samples = sorted((out / case.folder / "samples").iterdir())
+        samples = sorted((out / case.folder() / "samples").iterdir())
         assert [p.name for p in samples] == ["epoch0002.png", "epoch0004.png"]
         image = Image.open(samples[0])
         dark, bright = image.convert("L").getextrema()
-        columns = 8 if case.folder.endswith(("_half", "dfq")) else 5
+        columns = 8 if case.loop in (DAFL_train, DFAD_cifar, ZSKT_train) or "dfq" in case.flags else 5
         assert image.size[0] == columns * 34 + 2 and bright - dark > 50
 
 
 def test_seed_decides_the_run(whole, tmp_path, checkpoints):
     case, out = whole
-    argv = command(case, tmp_path, checkpoints, "--n_epochs", "2")
-    first = run(case.script, *argv)["last"], states(tmp_path, case)[0]
-    again = run(case.script, *argv)["last"], states(tmp_path, case)[0]
-    other = run(case.script, *argv, "--seed", "1")["last"], states(tmp_path, case)[0]
+    ends = []
+    for place, seed in (("a", ()), ("b", ()), ("a", ("--seed", "1"))):
+        argv = command(case, tmp_path / place, checkpoints, "--n_epochs", "2", *seed)
+        ends.append((run(case.script, *argv)["last"], states(tmp_path / place, case, "--n_epochs", "2", *seed)[0]))
+    first, again, other = ends
     assert equal(first, again) and not equal(first[1], other[1])
 
 
@@ -338,31 +246,90 @@ def test_earlier_run_is_set_aside(whole, tmp_path, checkpoints):
     for _ in range(3):
         run(case.script, *argv)
     folders = {p.name for p in tmp_path.iterdir()} - {"checkpoints", "wild_scans"}
-    assert folders == {case.folder + end for end in ("", ".1", ".2")}
+    assert folders == {case.folder("--n_epochs", "2") + end for end in ("", ".1", ".2")}
 
 
-def test_resume_with_other_flags_is_refused(whole, tmp_path, checkpoints, refused):
+def test_other_flags_are_another_run(whole):
+    """What makes the result makes the folder; where and how loud a run is does not."""
+    case, _ = whole
+    same = {case.folder(), case.folder("--out", "elsewhere"), case.folder("--time_limit", "3"), case.folder("--resume")}
+    others = {case.folder(*flags) for flags in (("--seed", "1"), ("--n_epochs", "5"), ("--precision", "fp32"))}
+    assert len(same) == 1 and len(others) == 3 and not same & others
+
+
+def test_resume_with_other_flags_than_the_run_in_the_folder_is_refused(whole, tmp_path, checkpoints, refused):
     case, _ = whole
     argv = command(case, tmp_path, checkpoints, "--n_epochs", "2")
     run(case.script, *argv)
-    before = (tmp_path / case.folder / "last.pt").read_bytes()
-    error = refused(case.script, *argv, "--resume", "--seed", "5")
-    assert "--seed was 0" in error
-    assert (tmp_path / case.folder / "last.pt").read_bytes() == before
+    moved = tmp_path / case.folder("--n_epochs", "2", "--seed", "5")
+    (tmp_path / case.folder("--n_epochs", "2")).rename(moved)
+    (moved / "result.json").unlink()
+    before = (moved / "last.pt").read_bytes()
+    assert "--seed was 0" in refused(case.script, *argv, "--resume", "--seed", "5")
+    assert (moved / "last.pt").read_bytes() == before
+
+
+def test_resuming_a_finished_run_leaves_every_byte(whole, checkpoints, contents):
+    case, out = whole
+    before = contents(out)
+    result = run(case.script, *command(case, out, checkpoints), "--resume")
+    assert contents(out) == before
+    assert result == json.loads((out / case.folder() / "result.json").read_text())
+
+
+def test_more_epochs_go_on_with_the_shorter_run(tmp_path, checkpoints, capsys):
+    argv = command(DAFL, tmp_path, checkpoints)
+    run(DAFL_train, *argv, "--n_epochs", "2")
+    result = run(DAFL_train, *argv, "--n_epochs", "3", "--resume")
+    assert "its schedule stretches" in capsys.readouterr().out
+    assert [p["epochs"] for p in result["pieces"]] == [[1, 2], [3, 3]] and result["epochs"] == 3
+    assert {p.name for p in tmp_path.iterdir()} == {DAFL.folder("--n_epochs", "3")}
+    assert (
+        json.loads(next((tmp_path / DAFL.folder("--n_epochs", "3")).glob("result-*.json")).read_text())["epochs"] == 2
+    )
+
+
+def test_pieces_say_what_really_happened(tmp_path, checkpoints, monkeypatch):
+    """A run whose first half was computed in another precision is labelled by both."""
+    argv = command(DAFL, tmp_path, checkpoints)
+    monkeypatch.setattr("datafree.runtime.has_bf16", lambda device: False)
+    with pytest.raises(TimeLimit):
+        run(DAFL_train, *argv, "--time_limit", "0.0001")
+    monkeypatch.setattr("datafree.runtime.has_bf16", lambda device: True)
+    result = run(DAFL_train, *argv, "--resume")
+    assert result["precision"] == "fp32 then bf16"
+    assert [(p["epochs"], p["precision"]) for p in result["pieces"]] == [([1, 1], "fp32"), ([2, 4], "bf16")]
+
+
+def test_time_limit_stops_with_a_checkpoint_and_resume_ends_bit_identical(whole, tmp_path, checkpoints, capsys):
+    case, out = whole
+    argv = command(case, tmp_path, checkpoints)
+    with pytest.raises(SystemExit) as end:
+        cli(case.script.main, lambda: case.script.parse_args([*argv, "--time_limit", "0.0001"]))
+    assert end.value.code == 75 and "time limit" in capsys.readouterr().err
+    assert not (tmp_path / case.folder() / "result.json").exists()
+    run(case.script, *argv, "--resume")
+    assert equal(states(tmp_path, case), states(out, case))
+
+
+def test_a_log_that_is_no_terminal_says_a_line_a_minute(tmp_path, checkpoints, monkeypatch, capsys):
+    monkeypatch.setattr("datafree.run.SAY_EVERY", 0)
+    run(DAFL_train, *command(DAFL, tmp_path, checkpoints, "--n_epochs", "1"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1: ")]
+    assert len(lines) == 4 and "images/s" in lines[0] and "left, loss" in lines[0]
 
 
 def test_resume_of_a_damaged_checkpoint_is_refused(tmp_path, checkpoints, refused):
     argv = command(DAFL, tmp_path, checkpoints, "--n_epochs", "2")
     run(DAFL_train, *argv)
-    last = tmp_path / DAFL.folder / "last.pt"
+    last = tmp_path / DAFL.folder("--n_epochs", "2") / "last.pt"
+    (last.parent / "result.json").unlink()
     last.write_bytes(last.read_bytes()[:1000])
     assert "damaged" in refused(DAFL_train, *argv, "--resume")
 
 
 @pytest.mark.parametrize("what", ["loss", "weights"])
-def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
-    whole, what, tmp_path, checkpoints, refused, monkeypatch
-):
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(whole, what, tmp_path, checkpoints, refused, monkeypatch):
     case, out = whole
     train_epoch, calls = case.loop.train_epoch, []
 
@@ -372,8 +339,8 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
         if len(calls) < 3:
             return result
         if what == "weights":
-            model = next(a for a in args if isinstance(a, torch.nn.Module) and a.training)
-            next(model.parameters()).data.view(-1)[0] = float("inf")
+            student = next(a for a in args if isinstance(a, Session)).student
+            next(student.parameters()).data.view(-1)[0] = float("inf")
             return result
         if isinstance(result, dict):
             return {**result, "loss_kd": torch.tensor(float("nan"))}
@@ -393,7 +360,7 @@ def test_full_disk_keeps_what_is_saved(tmp_path, checkpoints, refused, monkeypat
 
     def full(file):
         calls.append(1)
-        if len(calls) > 3:
+        if len(calls) > 6:  # in the second epoch
             raise OSError(28, "No space left on device")
         fsync(file)
 
@@ -424,7 +391,7 @@ def test_losses_fall_on_digits(tmp_path, checkpoints):
         "--nz",
         "16",
     )
-    with (tmp_path / (DAFL.folder + "-falls") / "metrics.csv").open() as file:
+    with (tmp_path / next(tmp_path.glob("*-falls")).name / "metrics.csv").open() as file:
         record = list(csv.DictReader(file))
     assert float(record[-1]["loss_G"]) < float(record[0]["loss_G"])
     assert float(record[-1]["accuracy"]) > 25  # of ten classes

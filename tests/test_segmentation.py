@@ -1,6 +1,5 @@
 """Segmentation data in their real layouts, in miniature, and what is wrong with broken ones."""
 
-import argparse
 import csv
 
 import numpy as np
@@ -15,8 +14,8 @@ import DFAD_nyu_deeplab
 import teacher_train_seg
 from data import DataError, get_segmentation
 from datafree import checkpoint
-from datafree.log import evaluate_checkpoint
-from datafree.runtime import Runtime
+from datafree.session import Session
+from datafree.teachers import PRETRAINED
 from models import get_segmenter
 
 RNG = np.random.RandomState(0)
@@ -75,19 +74,14 @@ def test_statistics_of_ones_own(camvid):
         get_segmentation("camvid", camvid, std=[0.5])
 
 
-def test_given_statistics_stand_before_those_of_a_checkpoint(tmp_path):
-    card = {"mean": [0.5], "std": [0.4], "accuracy": 50.0}
-    model = torch.nn.Linear(1, 1)
-    checkpoint.save({"state_dict": model.state_dict(), "card": card}, tmp_path / "best.pt")
-    args = argparse.Namespace(mean=[0.1], std=None, ckpt=str(tmp_path / "best.pt"))
-    data = argparse.Namespace(mean=(0.1,), std=(0.2,), padding=0, flip=False)
-
-    def evaluate(model, data, transform, runtime):
-        assert (*transform.mean, *transform.std) == (0.1, 0.4)
-        return 1.0
-
-    runtime = Runtime(torch.device("cpu"), "fp32")
-    assert evaluate_checkpoint(args, "", model, "", data, runtime, evaluate)["accuracy"] == 1
+def test_given_statistics_stand_before_those_of_a_checkpoint(camvid, quick):
+    card = {"mean": [0.5] * 3, "std": [0.4] * 3, "mIoU": 50.0}
+    state = get_segmenter("deeplabv3_mobilenet", 11).state_dict()
+    checkpoint.save({"state_dict": state, "card": card}, camvid / "best.pt")
+    flags = ["--model", "deeplabv3_mobilenet", "--evaluate_only", "--ckpt", camvid / "best.pt", "--data_root", camvid]
+    args = teacher_train_seg.parse_args([*flags, "--mean", "0.1", "0.1", "0.1"])
+    transform = Session(args, train=True, taught=False, segmentation=True).transform
+    assert (*transform.mean, *transform.std) == (0.1,) * 3 + (0.4,) * 3
 
 
 def test_crops_keep_image_and_label_together(camvid):
@@ -155,35 +149,22 @@ def test_what_is_wrong_with_nyuv2(nyuv2):
 TINY = ("--batch_size", "2", "--n_epochs", "2")
 
 
-def play(script, root, *flags):
-    return script.main(
-        script.parse_args(
-            [
-                *TINY,
-                "--data_root",
-                str(root),
-                "--out",
-                str(root / "runs"),
-                "--checkpoints",
-                str(root / "checkpoints"),
-                *flags,
-            ]
-        )
-    )
+def run(script, root, *flags):
+    where = ("--data_root", root, "--out", root / "runs", "--checkpoints", root / "checkpoints")
+    return script.main(script.parse_args([*TINY, *where, *flags]))
 
 
-def small(images):
+def small(data):
     """Miniature data at a quarter of the size, which the networks take seconds for."""
-    for split in (images.train, images.test):
+    for split in filter(None, (data.train, data.test)):
         split.images = [i[:, ::4, ::4].contiguous() for i in split.images]
         split.labels = [i[::4, ::4].contiguous() for i in split.labels]
-    return images
+    return data
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    for script in (teacher_train_seg, DFAD_camvid_deeplab, DFAD_nyu_deeplab):
-        monkeypatch.setattr(script, "get_segmentation", lambda *args: small(get_segmentation(*args)))
+    monkeypatch.setattr("datafree.session.get_segmentation", lambda *a, **k: small(get_segmentation(*a, **k)))
 
 
 def columns(root, name):
@@ -191,28 +172,34 @@ def columns(root, name):
         return list(csv.DictReader(file))
 
 
-def test_camvid_end_to_end(camvid, quick, capsys):
-    """Teacher, student, pictures, --evaluate_only; SegNet's small teacher keeps it short."""
-    network = ("--model", "deeplabv3_mobilenet", "--crop", "48", "--backbone_weights", "none")
-    result = play(teacher_train_seg, camvid, *network)
+NETWORK = ("--model", "deeplabv3_mobilenet", "--crop", "48")
+DFAD = ("--teacher", "deeplabv3_mobilenet", "--epoch_itrs", "1", "--img_size", "32", "--nz", "8")
+
+
+def test_teacher_end_to_end(camvid, quick, capsys, contents):
+    """The small network keeps it short; a finished run is not touched again."""
+    flags = (*NETWORK, "--backbone_weights", "none", "--save_img", "1")
+    result = run(teacher_train_seg, camvid, *flags)
     assert "backbone from scratch" in capsys.readouterr().out
     rows = columns(camvid, result["name"])
     assert len(rows) == 2 and 0 <= float(rows[-1]["mIoU"]) <= 100 and "iou_bicyclist" in rows[0]
-    assert result["published"] == [] and result["last"] == float(rows[-1]["mIoU"])
-    game = (
-        "--teacher",
-        "deeplabv3_mobilenet",
-        "--epoch_itrs",
-        "1",
-        "--img_size",
-        "32",
-        "--nz",
-        "8",
-        "--save_img",
-        "--sample_every",
-        "1",
-    )
-    result = play(DFAD_camvid_deeplab, camvid, *game)
+    assert (result["published"], result["score"], result["test_images"]) == ([], "mIoU", 2)
+    assert result["last"] == float(rows[-1]["mIoU"]) and result["backbone"] == "backbone from scratch"
+    assert result["last_scores"]["pixel_accuracy"] == float(rows[-1]["pixel_accuracy"])
+    assert [p.name for p in (camvid / "runs" / result["name"] / "samples").iterdir()] == ["test0000.png"]
+    card = checkpoint.read(camvid / "checkpoints" / "camvid-deeplabv3_mobilenet.pt")["card"]
+    assert (card["run"], card["mIoU"], card["epoch"]) == (result["name"], result["best"], result["best_epoch"])
+    before = contents(camvid)
+    again = run(teacher_train_seg, camvid, *flags, "--resume")
+    assert again["seconds"] == result["seconds"] and contents(camvid) == before
+    assert run(teacher_train_seg, camvid, *flags, "--evaluate_only")["mIoU"] == result["best"]
+
+
+def test_camvid_end_to_end(camvid, quick):
+    """Teacher, student, pictures, --evaluate_only."""
+    run(teacher_train_seg, camvid, *NETWORK, "--backbone_weights", "none", "--save_img", "0")
+    flags = (*DFAD, "--save_img", "--sample_every", "1")
+    result = run(DFAD_camvid_deeplab, camvid, *flags)
     folder = camvid / "runs" / result["name"]
     rows = columns(camvid, result["name"])
     assert len(rows) == 2 and float(rows[0]["loss_G"]) <= 0 <= float(rows[0]["loss_S"])
@@ -222,48 +209,36 @@ def test_camvid_end_to_end(camvid, quick, capsys):
     with Image.open(folder / "samples" / "test0000.png") as image:
         width, height = image.size
     assert (width, height) == (4 * 86, 64)  # image, truth, teacher, student
-    again = play(DFAD_camvid_deeplab, camvid, *game, "--evaluate_only")
+    again = run(DFAD_camvid_deeplab, camvid, *flags, "--evaluate_only")
     assert again["mIoU"] == result["best"]
     state = torch.load(folder / "last.pt", weights_only=True)["state_dict"]
     # Stopped after the first epoch and resumed, the same weights come out.
-    play(DFAD_camvid_deeplab, camvid, *game, "--n_epochs", "1", "--tag", "again")
-    play(DFAD_camvid_deeplab, camvid, *game, "--tag", "again", "--resume")
+    run(DFAD_camvid_deeplab, camvid, *flags, "--n_epochs", "1", "--tag", "again")
+    run(DFAD_camvid_deeplab, camvid, *flags, "--tag", "again", "--resume")
     (other,) = (camvid / "runs").glob("*-again")
     resumed = torch.load(other / "last.pt", weights_only=True)["state_dict"]
     assert all(torch.equal(state[k], resumed[k]) for k in state)
 
 
 def test_nyuv2_end_to_end(nyuv2, quick):
-    network = ("--model", "deeplabv3_mobilenet", "--crop", "48", "--dataset", "nyuv2")
-    assert play(teacher_train_seg, nyuv2, *network)["dataset"] == "nyuv2"
-    result = play(
-        DFAD_nyu_deeplab,
-        nyuv2,
-        "--teacher",
-        "deeplabv3_mobilenet",
-        "--epoch_itrs",
-        "1",
-        "--img_size",
-        "32",
-        "--nz",
-        "8",
-    )
+    assert run(teacher_train_seg, nyuv2, *NETWORK, "--dataset", "nyuv2")["dataset"] == "nyuv2"
+    result = run(DFAD_nyu_deeplab, nyuv2, *DFAD)
     assert "iou_window" in columns(nyuv2, result["name"])[0]
 
 
 def test_what_ends_in_one_line(camvid, nyuv2, quick, refused):
     where = (*TINY, "--data_root", camvid, "--out", camvid / "runs", "--checkpoints", camvid)
     checkpoint.save(get_segmenter("deeplabv3_mobilenet", 13).state_dict(), camvid / "wrong.pt")
-    game = ("--teacher", "deeplabv3_mobilenet", *where)
+    taught = ("--teacher", "deeplabv3_mobilenet", *where)
     for script, flags, words in (
         (DFAD_camvid_deeplab, where, "teacher_train_seg.py --dataset camvid --model deeplabv3_res"),
-        (DFAD_camvid_deeplab, (*game, "--teacher_ckpt", camvid / "wrong.pt"), "13 classes"),
+        (DFAD_camvid_deeplab, (*taught, "--teacher_ckpt", camvid / "wrong.pt"), "13 classes"),
         (DFAD_camvid_deeplab, (*where, "--img_size", "40", "--teacher_ckpt", camvid / "no.pt"), "no.pt"),
         (teacher_train_seg, (*where, "--batch_size", "6"), "5 training images"),
         (teacher_train_seg, (*where, "--backbone_weights", camvid / "no.pt"), "does not exist"),
         (teacher_train_seg, (*where, "--backbone_weights", camvid / "wrong.pt"), "of the backbone"),
         (teacher_train_seg, (*where, "--crop", "300"), "at most 256"),
-        (DFAD_nyu_deeplab, ("--data_root", camvid / "none"), "no nyuv2"),
+        (DFAD_nyu_deeplab, ("--data_root", camvid / "none", "--teacher_ckpt", camvid / "wrong.pt"), "no nyuv2"),
     ):
         assert words in refused(script, *flags)
     assert not (camvid / "runs").exists()
@@ -289,7 +264,7 @@ def test_backbone_weights_are_loaded_or_said_to_be_missing(camvid, monkeypatch, 
     def offline(*_, **__):
         raise OSError("no network")
 
-    weights = checkpoint.PRETRAINED["resnet50_imagenet"]
+    weights = PRETRAINED["resnet50_imagenet"]
     monkeypatch.setattr(type(weights), "get_state_dict", offline)
     assert "could not be had" in teacher_train_seg.load_backbone(model, args)
     changed = {k: v + 1 for k, v in own.items()} | {"fc.weight": torch.zeros(1000, 2048)}

@@ -1,20 +1,24 @@
 """The rounds of datafree_kd.py agree with the published code, and its faults are not repeated."""
 
+import copy
 from argparse import Namespace
 from contextlib import nullcontext
 
 import pytest
 import torch
 from reference_fill import fill, load_reference, noise
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import datafree_kd
 from datafree import synthesis
 from datafree.augment import Transform
+from datafree.errors import UsageError
 from datafree.fold import fold_batch_norm
 from datafree.hooks import BatchNormHooks
 from datafree.losses import contrastive_loss, decision_adversarial_loss, js_loss, l1_loss, total_variation
 from datafree.pool import ImagePool
 from datafree.runtime import cosine_at, make_optimizer
+from datafree.synthesis.cmi import MemoryBank
 from models import get_generator, get_model, set_folded
 
 CIFAR = Transform((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -49,9 +53,7 @@ def networks(reference):
 
 def make(family, reference, tmp_path, **settings):
     pool = ImagePool((3, 32, 32), "cpu", tmp_path / "pool.u8")
-    return family(
-        *networks(reference), CIFAR, (3, 32, 32), 10, RUNTIME, pool, synthesis_batch_size=8, **settings
-    )
+    return family(*networks(reference), CIFAR, (3, 32, 32), 10, RUNTIME, pool, synthesis_batch_size=8, **settings)
 
 
 class Recorded:
@@ -93,9 +95,7 @@ def test_fast_meta(case, folded, tmp_path):
         fast.pool.add = added.append
         z = noise((8, 32), call["latent_seed"])
         fast.invert(z, TARGETS, True, lambda loss: None)
-        for step, total, expected in zip(
-            recorded.steps, recorded.totals, call["inner_iterations"], strict=True
-        ):
+        for step, total, expected in zip(recorded.steps, recorded.totals, call["inner_iterations"], strict=True):
             for name, value in step.items():
                 close(value, expected[name])
             close(total, expected["loss"])
@@ -104,9 +104,7 @@ def test_fast_meta(case, folded, tmp_path):
         close(fast.best_loss, call["best_cost"])
         check(fast.generator.parameters(), call["generator_parameters_after"])
         # Whoever updates the inner copy's statistics must not touch the common generator's.
-        assert all(
-            not m.num_batches_tracked for m in fast.generator.modules() if hasattr(m, "num_batches_tracked")
-        )
+        assert all(not m.num_batches_tracked for m in fast.generator.modules() if hasattr(m, "num_batches_tracked"))
         for name, values in call["generator_per_parameter_after"].items():
             # A bias before a BatchNorm has only rounding for a gradient, which Adam blows up.
             check([fast.generator.get_parameter(name)], values, rel=1e-6)
@@ -156,11 +154,12 @@ def test_cmi(tmp_path):
         tmp_path,
         g_steps=s["iterations"],
         head_dim=16,
+        feature_layers="bn",
         bank_size=s["bank_size"],
         n_neg=s["n_neg"],
         **{k: s[k] for k in ("lr_g", "bn", "oh", "adv", "cr", "cr_T")},
     )
-    cmi.bank = cmi.bank.double()
+    cmi.bank.rows = cmi.bank.rows.double()
     named = torch.nn.ModuleDict({"head": cmi.head})
     fill(named)
     cmi.strong_view = lambda images: CIFAR.normalize(images.flip(-1))
@@ -178,7 +177,7 @@ def test_cmi(tmp_path):
         check(added, call["best_inputs"])
         check(cmi.generator.parameters(), call["generator_parameters_after"])
         check(cmi.head.parameters(), call["head_parameters_after"])
-        check([cmi.bank], call["bank_filled_part"])
+        check([cmi.bank.rows[: len(cmi.bank)]], call["bank_filled_part"])
 
 
 def test_student_step():
@@ -186,12 +185,10 @@ def test_student_step():
     teacher = fill(get_model("wrn16_2")).requires_grad_(False)
     student = fill(get_model("wrn16_1")).train()
     optimizer = make_optimizer("sgd", student.parameters(), 0.1, 1e-4)
-    args = Namespace(criterion="kl", T=20, kd_steps=1)
+    session = Namespace(args=Namespace(criterion="kl", T=20, kd_steps=1), runtime=RUNTIME, folded_teacher=teacher)
+    session.student, session.run = student, Namespace(tick=lambda loss: None)
     for seed, expected in enumerate(reference["losses"]):
-        loss = datafree_kd.distill(
-            [noise((4, 3, 32, 32), seed)], teacher, student, optimizer, args, RUNTIME, lambda loss: None
-        )
-        close(loss, expected)
+        close(datafree_kd.distill([noise((4, 3, 32, 32), seed)], session, optimizer), expected)
     check(student.parameters(), reference["student_parameters_after"])
     for name, values in reference["student_per_parameter_after"].items():
         check([student.get_parameter(name)], values)
@@ -214,10 +211,7 @@ def test_logit_losses(case):
         value = loss(s, t)
         close(value, expected["value"])
         value.backward()
-        close(
-            s.grad.norm(),
-            expected.get("gradient_l2_wrt_student", expected.get("gradient_l2_wrt_first_argument")),
-        )
+        close(s.grad.norm(), expected.get("gradient_l2_wrt_student", expected.get("gradient_l2_wrt_first_argument")))
 
 
 @pytest.mark.parametrize("case", [k for k in LOSSES if k.startswith("dfad_adversarial/")])
@@ -260,7 +254,7 @@ def test_batch_norm_statistics(case):
     hooks = BatchNormHooks(net, values["inputs"]["momentum_rate"])
     for i, key in ((1, "batch_1_no_buffer"), (2, "batch_2_with_buffer"), (3, "batch_3_with_buffer")):
         x = array(values["inputs"][f"batch_{i}"])
-        with hooks:
+        with hooks.record():
             net(x)
         loss = hooks.loss()
         loss.backward()
@@ -270,12 +264,9 @@ def test_batch_norm_statistics(case):
         after = values.get(("", "buffer_after_first_update", "buffer_after_second_update", "")[i])
         if after:
             for j, kind in enumerate(("mean", "var")):
-                for pair, norm, total in zip(
-                    hooks.buffers, after[f"{kind}_l2"], after[f"{kind}_sum"], strict=True
-                ):
+                for pair, norm, total in zip(hooks.buffers, after[f"{kind}_l2"], after[f"{kind}_sum"], strict=True):
                     check([pair[j]], {"l2": norm, "sum": total})
-    net(array(values["inputs"]["batch_1"]))  # outside the block nothing is recorded
-    assert hooks.inputs[0] is not None and not net[1]._forward_pre_hooks
+    assert not net[1]._forward_pre_hooks  # outside the block nothing is recorded
 
 
 @pytest.mark.parametrize("bank", ["with_bank", "empty_bank"])
@@ -331,15 +322,17 @@ def test_pool_batches_are_passes_over_all_images(limit, tmp_path):
 def test_pool_is_restored_and_forgets_what_came_after_the_checkpoint(tmp_path):
     pool = ImagePool((3, 2, 2), "cpu", tmp_path / "p")
     pool.add(numbered(4))
+    pool.flush()
     state = pool.state_dict()
     pool.add(numbered(4, 4))
-    pool.state_dict()
+    pool.flush()
     for limit in (None, 3):
         again = ImagePool((3, 2, 2), "cpu", tmp_path / "p", limit)
         again.load_state_dict(state)
         assert torch.equal(again.images(), numbered(4))
         again.add(numbered(2, 100))
-        assert again.state_dict() == {"images": 6}
+        again.flush()
+        assert again.state_dict() == {"images": 6} and (tmp_path / "p").stat().st_size == 72
         third = ImagePool((3, 2, 2), "cpu", tmp_path / "p")
         third.load_state_dict({"images": 6})
         assert torch.equal(third.images(), torch.cat([numbered(4), numbered(2, 100)]))
@@ -349,12 +342,77 @@ def test_a_run_starts_with_an_empty_pool(tmp_path):
     """The published pool reads whatever lies in its folder."""
     old = ImagePool((3, 2, 2), "cpu", tmp_path / "p")
     old.add(numbered(4))
-    old.state_dict()
+    old.flush()
     new = ImagePool((3, 2, 2), "cpu", tmp_path / "p")
     assert len(new) == 0
     new.add(numbered(1, 9))
+    new.flush()
     assert new.state_dict() == {"images": 1}
     assert (tmp_path / "p").stat().st_size == 12
+
+
+def test_promised_images_take_memory_once(tmp_path, monkeypatch):
+    """Filling, saving and resuming a pool allocates no more than a chunk beside its two stores."""
+    monkeypatch.setattr("datafree.pool.CHUNK", 24)  # two images
+    made, empty = [], torch.empty
+
+    def counted(*size, **options):
+        made.append(empty(*size, **options))
+        return made[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", counted)
+        pool = ImagePool((3, 2, 2), "cpu", tmp_path / "p", limit=5, capacity=12)
+        for start in range(0, 12, 3):
+            pool.add(numbered(3, start))
+            pool.flush()
+        assert [len(t) for t in made] == [5, 7]
+        again = ImagePool((3, 2, 2), "cpu", tmp_path / "p", limit=5, capacity=12)
+        again.load_state_dict(pool.state_dict())
+    assert [len(t) for t in made[2:4]] == [5, 7] and all(len(t) <= 2 for t in made[4:])
+    assert torch.equal(again.images(), numbered(12))
+    again.add(numbered(1, 12))  # more than was promised
+    assert torch.equal(again.images(), numbered(13)) and again.near is made[2]
+    with pytest.raises(UsageError, match="lower --pool_size"):
+        ImagePool((3, 2, 2), "cpu", tmp_path / "p", capacity=10**15)
+    (tmp_path / "p").write_bytes(b"half an image")
+    with pytest.raises(UsageError, match="shorter than the checkpoint says"):
+        again.load_state_dict({"images": 2})
+
+
+@pytest.mark.parametrize(("size", "batch"), [(12, 5), (4, 6)])
+def test_memory_bank_survives_a_killed_run(size, batch, tmp_path):
+    """Whatever is written behind a checkpoint, its rows come back, and the file stays of two banks' size."""
+
+    def rows(i):
+        return torch.arange(i * batch, (i + 1) * batch).float()[:, None].expand(-1, 2)
+
+    def new():
+        return MemoryBank(size, 2, torch.device("cpu"), tmp_path / "bank.f32")
+
+    bank, expected = new(), torch.empty(0, 2)
+    assert len(bank.draw(3)) == 0
+    for i in range(30):
+        bank.add(rows(i))
+        expected = torch.cat([expected, rows(i)])[-size:]
+        assert torch.equal(bank.draw(size), expected)
+        torch.manual_seed(i)
+        drawn = bank.draw(3)
+        torch.manual_seed(i)
+        assert torch.equal(drawn, expected[torch.randperm(len(expected))[:3]])
+        if i % 4 < 2:
+            state, saved = bank.state_dict(), expected
+            bank.flush()
+        elif i % 4 == 3:  # killed while the next checkpoint is written, two rounds after the last
+            bank.flush()
+            bank, expected = new(), saved
+            bank.load_state_dict(state)
+            assert torch.equal(bank.draw(size), saved)
+    assert size < bank.saved
+    assert (tmp_path / "bank.f32").stat().st_size <= 2 * size * 8
+    (tmp_path / "bank.f32").unlink()
+    with pytest.raises(UsageError, match="without --resume"):
+        new().load_state_dict(state)
 
 
 def test_best_is_a_copy():
@@ -366,6 +424,149 @@ def test_best_is_a_copy():
         x.fill_(step)
         best.offer(torch.tensor(loss), x)
     assert best.tensors[0].tolist() == [1, 1] and best.loss == 1
+
+
+FAMILIES = ("zskt", "dafl", "deepinv", "cmi", "fast", "fast_meta", "imagenet")
+
+
+def tiny(method, tmp_path, teacher="resnet8", **changes):
+    """A synthesizer of a method, on networks that take a moment; and the networks."""
+    torch.manual_seed(0)
+    entry = synthesis.METHODS.get(method) or synthesis.Method(synthesis.FastLatents, synthesis.IMAGENET)
+    deep = entry.family is synthesis.FastLatents
+    settings = dict(entry.recipe) | dict(entry.fixed) | dict(as_published=False, synthesis_batch_size=4, g_steps=2)
+    settings |= dict(bank_size=8, n_neg=5, head_dim=4) | changes
+    return entry.family(
+        get_model(teacher).eval().requires_grad_(False),
+        get_model("resnet8").eval().requires_grad_(False),
+        get_generator("deep" if deep else "fast", 4, 32, 3, ngf=4),
+        Transform((0.5,) * 3, (0.25,) * 3, padding=2, flip=True),
+        (3, 32, 32),
+        10,
+        RUNTIME,
+        ImagePool((3, 32, 32), "cpu", tmp_path / "pool.u8"),
+        **{k: settings[k] for k in entry.family.settings},
+    )
+
+
+def leaves(state):
+    if isinstance(state, dict | list | tuple):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from leaves(value)
+    else:
+        yield state
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+@pytest.mark.parametrize("method", FAMILIES)
+def test_no_activation_outlives_a_round(method, weight, tmp_path):
+    family = tiny(method, tmp_path, bn=weight, oh=1.0)
+    storages, recorded = [], []
+    for network in (family.teacher, family.student):
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.register_forward_pre_hook(
+                    lambda layer, x: storages.append(StorageWeakRef(x[0].untyped_storage()))
+                )
+    family.hooks.layers[0].register_forward_hook(
+        lambda layer, x, y: recorded.append(family.hooks.statistics[:1] + family.hooks.means[:1])
+    )
+    losses = family.synthesize(True, lambda loss: None)
+    assert losses and storages and all(s.expired() for s in storages)
+    # Without the weights that read them, there are no hooks: what CMI keeps then are its features.
+    assert any(recorded) == bool(weight or method == "cmi")
+    assert all(isinstance(v, torch.Tensor | int | float | None) for v in leaves(family.state_dict()))
+
+
+@pytest.mark.parametrize("method", FAMILIES)
+def test_a_round_without_a_term_does_nothing(method, tmp_path):
+    weights = dict.fromkeys(("bn", "oh", "act", "balance", "cr", "tv", "l2"), 0.0) | dict(adv=1.0)
+    family = tiny(method, tmp_path, **weights)
+    assert family.synthesize(False, None) == {} and not len(family.pool)
+    assert list(family.synthesize(True, lambda loss: None)) == ["loss_adv"]
+
+
+@pytest.mark.parametrize("method", FAMILIES)
+def test_a_resumed_synthesizer_goes_on_alike(method, tmp_path):
+    """Also where the killed run made another round, and wrote its files, behind the checkpoint."""
+    family = tiny(method, tmp_path)
+    for _ in range(3):
+        family.synthesize(True, lambda loss: None)
+    parts = family, family.pool
+    states = copy.deepcopy([part.state_dict() for part in parts])
+    for _ in range(2):
+        for part in parts:
+            part.flush()
+        torch.manual_seed(5)
+        expected = family.synthesize(True, lambda loss: None)
+    again = tiny(method, tmp_path)
+    for part, state in zip((again, again.pool), states, strict=True):
+        part.load_state_dict(state)
+    for _ in range(2):
+        torch.manual_seed(5)
+        found = again.synthesize(True, lambda loss: None)
+    assert found == expected
+    assert torch.equal(again.pool.images(), family.pool.images())
+
+
+def test_deepinversion_mirrors_a_whole_batch(tmp_path):
+    family = tiny("deepinv", tmp_path)
+    x = torch.arange(2.0)[:, None, None, None] + torch.arange(4.0).expand(2, 3, 4, 4)  # too small to roll
+    kinds = [family.jitter(x)[:, 0, 0, 0].tolist() for _ in range(50)]
+    assert {tuple(k) for k in kinds} == {(0, 1), (3, 4)}
+
+
+@pytest.mark.parametrize(("teacher", "width"), [("resnet34", 512), ("resnet8", 16 + 16 + 32), ("wrn16_1", None)])
+def test_cmi_looks_at_what_enters_the_stages(teacher, width, tmp_path):
+    """As CMI's repository does for its ResNet-34, and as it is then the default here."""
+    adjusted = synthesis.METHODS["cmi"].adjust(teacher, None)
+    assert adjusted == ({"feature_layers": "blocks"} if teacher == "resnet34" else {})
+    if width is None:
+        with pytest.raises(UsageError, match="no stages"):
+            tiny("cmi", tmp_path, teacher, feature_layers="blocks")
+        return
+    cmi, entered = tiny("cmi", tmp_path, teacher, feature_layers="blocks"), []
+    for layer in (m for name, m in cmi.teacher.named_children() if name.startswith("layer")):
+        layer.register_forward_pre_hook(lambda layer, x: entered.append(x[0].mean((2, 3))))
+    x = torch.rand(2, 3, 32, 32)
+    features = cmi.features(x)
+    assert torch.allclose(features, torch.cat(entered, 1)) and features.shape == (2, width)
+    assert cmi.bank.rows.shape == (8, 2 * width)
+    assert "loss_cr" in cmi.synthesize(True, lambda loss: None)
+
+
+def test_imagenets_first_order_maml(tmp_path):
+    """The common generator and latents step along the copies' last gradients; unused weights do not."""
+    family = tiny("imagenet", tmp_path, is_maml=1, bn_mmt=0.9)
+    family.generator.register_parameter("unused", torch.nn.Parameter(torch.ones(1)))
+    seen, take = [], family._take_gradients
+
+    def noted(copies, first):
+        assert first and copies[-1].shape == family.z.shape
+        seen.append([p.grad for p in copies])
+        seen[-1] = [g if g is None else g.clone() for g in seen[-1]]
+        take(copies, first)
+
+    family._take_gradients = noted
+    family.synthesize(True, lambda loss: None)
+    assert len(seen) == 2
+    for common, gradient in zip(family.common(), seen[-1], strict=True):
+        assert (common.grad is None and gradient is None) or torch.equal(common.grad, gradient)
+    assert family.generator.unused.item() == 1 and len(family.hooks.buffers) == len(family.hooks.layers)
+
+
+def test_a_method_of_ones_own_is_one_call_away():
+    class Mine(synthesis.Generative):
+        terms = (*synthesis.Generative.terms, "mine")
+
+    entry = synthesis.Method(Mine, synthesis.STUDENT | dict(mine=0.5))
+    try:
+        synthesis.register("mine", entry, {"mine": "weight of it"})
+        assert synthesis.METHODS["mine"] is entry and synthesis.FLAGS["mine"] == "weight of it"
+        with pytest.raises(ValueError, match="taken"):
+            synthesis.register("mine", entry)
+    finally:
+        del synthesis.METHODS["mine"], synthesis.FLAGS["mine"]
 
 
 @pytest.mark.parametrize(

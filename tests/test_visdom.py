@@ -19,7 +19,8 @@ from PIL import Image
 
 import DAFL_train
 import teacher_train
-from datafree.log import Run, Visdom
+from datafree.run import Run
+from datafree.visdom import Visdom
 
 ROOT = Path(__file__).parents[1]
 # visdom's client warns of itself in several ways; none of it is ours to fix.
@@ -43,16 +44,7 @@ class Server:
 
     def start(self):
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                self.CODE,
-                "-port",
-                str(self.port),
-                "-env_path",
-                str(self.folder),
-                "-bind_local",
-            ],
+            [sys.executable, "-c", self.CODE, "-port", str(self.port), "-env_path", str(self.folder), "-bind_local"],
             env={**os.environ, "HOME": str(self.folder)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -101,28 +93,10 @@ def environment(folder):
     return folder.name.replace("_", "-")
 
 
-def train(out, port, tag, *argv):
-    """A short run of teacher_train.py; returns its folder."""
-    teacher_train.main(
-        teacher_train.parse_args(
-            [
-                "--dataset",
-                "digits",
-                "--batch_size",
-                "256",
-                "--out",
-                str(out),
-                "--checkpoints",
-                str(out),
-                "--visdom",
-                str(port),
-                "--tag",
-                tag,
-                *argv,
-            ]
-        )
-    )
-    return out / f"teacher_train-digits-lenet5-{tag}"
+def train(out, port, tag, *argv, script=teacher_train):
+    """A short run on the digits; returns its folder."""
+    common = ("--dataset", "digits", "--out", out, "--checkpoints", out, "--visdom", port, "--tag", tag)
+    return out / script.main(script.parse_args([*common, *argv]))["name"]
 
 
 def points(window):
@@ -149,27 +123,9 @@ def test_curves_and_images(server, checkpoints, tmp_path, monkeypatch):
     # Proxies know another localhost: the client has to leave this one alone.
     with monkeypatch.context() as patch:
         patch.setenv("http_proxy", "http://127.0.0.1:9")
-        DAFL_train.main(
-            DAFL_train.parse_args(
-                [
-                    "--checkpoints",
-                    str(checkpoints),
-                    "--out",
-                    str(tmp_path),
-                    "--n_epochs",
-                    "2",
-                    "--iterations",
-                    "2",
-                    "--batch_size",
-                    "16",
-                    "--sample_every",
-                    "1",
-                    "--visdom",
-                    str(server.port),
-                ]
-            )
-        )
-    folder = tmp_path / "DAFL_train-digits-lenet5-lenet5_half"
+        short = ("--n_epochs", 2, "--iterations", 2, "--batch_size", 16, "--sample_every", 1)
+        flags = ("--checkpoints", checkpoints, *short)
+        folder = train(tmp_path, server.port, "curves", *flags, script=DAFL_train)
     assert f"localhost:{server.port}/env/{environment(folder)}\n" in (folder / "log.txt").read_text()
     windows = server.windows(folder)
     losses = {"loss_oh", "loss_a", "loss_ie", "loss_G", "loss_kd"}
@@ -187,26 +143,26 @@ def test_curves_and_images(server, checkpoints, tmp_path, monkeypatch):
 
 
 def test_resumed_run_has_each_epoch_once(server, tmp_path):
-    folder = train(tmp_path, server.port, "again", "--n_epochs", "2")
+    folder = train(tmp_path, server.port, "again", "--n_epochs", 2)
     check_curves(server.windows(folder), folder, 2)
-    train(tmp_path, server.port, "again", "--n_epochs", "3", "--resume")
+    folder = train(tmp_path, server.port, "again", "--n_epochs", 3, "--resume")
     check_curves(server.windows(folder), folder, 3)
     server.client().delete_env(environment(folder))  # now the server knows nothing of the run
-    train(tmp_path, server.port, "again", "--n_epochs", "4", "--resume")
+    folder = train(tmp_path, server.port, "again", "--n_epochs", 4, "--resume")
     check_curves(server.windows(folder), folder, 4)
-    train(tmp_path, server.port, "again", "--n_epochs", "1")  # another run of the same name
-    check_curves(server.windows(folder), folder, 1)
+    folder = train(tmp_path, server.port, "again", "--n_epochs", 4)  # another run of the same name
+    check_curves(server.windows(folder), folder, 4)
 
 
 def test_no_server(server, tmp_path):
     port = free_port()
-    folder = train(tmp_path, port, "offline", "--n_epochs", "2")
+    folder = train(tmp_path, port, "offline", "--n_epochs", 2)
     (line,) = [s for s in (folder / "log.txt").read_text().splitlines() if "visdom" in s]
     assert f"no visdom server answers at port {port}" in line
     assert str(folder / "visdom.log") in line
     server.client().replay_log(folder / "visdom.log")
     check_curves(server.windows(folder), folder, 2)
-    train(tmp_path, port, "offline", "--n_epochs", "3", "--resume")
+    folder = train(tmp_path, port, "offline", "--n_epochs", 3, "--resume")
     server.client().replay_log(folder / "visdom.log")
     check_curves(server.windows(folder), folder, 3)
 
@@ -226,7 +182,7 @@ def test_server_restarts_and_dies(server, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Run, "end_epoch", interfere)
     try:
-        folder = train(tmp_path, other.port, "died", "--n_epochs", "4")
+        folder = train(tmp_path, other.port, "died", "--n_epochs", 4)
     finally:
         other.stop()
     (line,) = [s for s in (folder / "log.txt").read_text().splitlines() if "visdom.log" in s]
@@ -256,7 +212,7 @@ def test_another_program_at_the_port(server, tmp_path):
 
 def test_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "visdom", None)
-    folder = train(tmp_path, 1, "without", "--n_epochs", "1")
+    folder = train(tmp_path, 1, "without", "--n_epochs", 1)
     (line,) = [s for s in (folder / "log.txt").read_text().splitlines() if "visdom" in s]
     assert line.startswith("visdom is not installed")
     assert (folder / "result.json").exists() and not (folder / "visdom.log").exists()

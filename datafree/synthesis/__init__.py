@@ -1,19 +1,17 @@
-"""Who makes the images of datafree_kd.py: four families with the same three methods.
-
-FastLatents is the variant of Fast in datafree_kd_imagenet.py.
+"""Who makes the images of datafree_kd.py: four families with the same methods, each in its file with what it serves.
 
 - `synthesize(adversarial, tick)`: one round of optimisation; returns the last losses by name.
 - `sample(n, batch_size)`: n batches of normalised images for the student.
-- `state_dict()`, `load_state_dict(state)`: all that a resumed run needs.
+- `state_dict()`, `load_state_dict(state)`, `flush()`: all that a resumed run needs.
 
-`settings` names the keyword arguments of a family, which are flags of the script; `pool` is the
-ImagePool that it fills, or None.
+FastLatents is the variant of Fast in datafree_kd_imagenet.py. A method of one's own enters METHODS, and with it
+the command line, by `register("mine", Method(MyFamily, STUDENT | dict(...)))` before a script's `parse_args`.
 """
 
+# ruff: noqa: F401, what is imported here is what the package offers
+from .base import CRITERIA, FLAGS, GENERATOR, METHODS, STUDENT, Method, Synthesizer, register
 from .cmi import CMI
 from .deepinversion import DeepInversion
 from .fast import Fast
-from .fast_latents import FastLatents
+from .fast_latents import IMAGENET, FastLatents
 from .generative import Generative
-
-__all__ = ["CMI", "DeepInversion", "Fast", "FastLatents", "Generative"]

@@ -1,11 +1,51 @@
-"""What the families share: the networks, the loss of a teacher's view, the best images so far."""
+"""What the families share: networks, the losses of a view of images, the best ones so far, the table of methods."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from datafree.augment import Transform
+from datafree.cli import TYPES
 from datafree.hooks import BatchNormHooks
-from datafree.losses import decision_adversarial_loss, wide
+from datafree.losses import at_least_float32, decision_adversarial_loss, kd_loss, l1_loss
+from datafree.pool import ImagePool
+from datafree.runtime import Runtime
+from models import GENERATORS
+
+# Distances of student and teacher, (s_logits, t_logits, T) -> scalar.
+CRITERIA = {"kl": kd_loss, "l1": lambda s_logits, t_logits, T=1.0: l1_loss(s_logits, t_logits)}
+# The student's part of every published recipe, and the generator of those that have one.
+# fmt: off
+STUDENT = dict(n_epochs=200, warmup=0, ep_steps=400, kd_steps=400, batch_size=256, synthesis_batch_size=256, lr=0.1,
+               weight_decay=1e-4, criterion="kl", T=20.0)
+# fmt: on
+GENERATOR = dict(generator="fast", nz=256, ngf=64)
+# What a recipe can set, flag -> help; their types are in datafree.cli.
+FLAGS = {
+    "n_epochs": "epochs of ep_steps",
+    "warmup": "epochs without student steps and adversarial term",
+    "ep_steps": "student steps of an epoch",
+    "kd_steps": "student steps of a round",
+    "g_steps": "updates that make a batch",
+    "batch_size": "images of a student step",
+    "synthesis_batch_size": "images of a round",
+    "lr": "learning rate of the student (SGD, momentum 0.9)",
+    "weight_decay": "of the student",
+    "criterion": "the student's loss: KL at temperature T, or mean absolute difference of logits",
+    "T": "temperature of the student's loss",
+    "lr_g": "learning rate of the generator (deepinv: of the pixels)",
+    "adv": "weight of the adversarial term",
+    "bn": "weight of the BatchNorm statistics",
+    "oh": "weight of the cross-entropy",
+    "generator": "one of %(choices)s",
+    "nz": "length of a latent",
+    "ngf": "width of the generator",
+}
+TYPES |= {"criterion": dict(choices=CRITERIA), "generator": dict(choices=GENERATORS, metavar="NAME")}
 
 
 class Synthesizer:
@@ -19,11 +59,23 @@ class Synthesizer:
         settings: the family's own; kept as attributes.
     """
 
-    settings = ()
+    terms: tuple[str, ...] = ()  # the losses it minimises: `adv` weighs `loss_adv`
+    settings: tuple[str, ...] = ("synthesis_batch_size", "g_steps")  # these weights, and the rest
     pooled = True  # whether images are kept
-    published_T = None  # the temperature that the published code distils at, whatever it is told
+    published_T: float | None = None  # the temperature that the published code distils at, whatever it is told
 
-    def __init__(self, teacher, student, generator, transform, shape, num_classes, runtime, pool, **settings):
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        generator: nn.Module | None,
+        transform: Transform,
+        shape: tuple[int, int, int],
+        num_classes: int,
+        runtime: Runtime,
+        pool: ImagePool | None,
+        **settings,
+    ):
         self.teacher, self.student, self.generator = teacher, student, generator
         self.transform, self.shape, self.num_classes = transform, shape, num_classes
         self.runtime, self.pool = runtime, pool
@@ -32,48 +84,133 @@ class Synthesizer:
         vars(self).update(settings)
         self.hooks = BatchNormHooks(teacher, settings.get("bn_mmt", 0.0))
 
-    def latents(self):
+    def synthesize(self, adversarial: bool, tick: Callable[[Tensor], None]) -> dict[str, Tensor]:
+        """One round; returns the last losses by name. Where no term is on, nothing is done and there are none.
+
+        Args:
+            adversarial: whether the adversarial term is on. tick: called with the loss of each update.
+        """
+        return self.round(adversarial, tick) if self.has_terms(adversarial) else {}
+
+    def has_terms(self, adversarial: bool) -> bool:
+        return any(getattr(self, term) for term in self.terms if adversarial or term != "adv")
+
+    def round(self, adversarial: bool, tick: Callable[[Tensor], None]) -> dict[str, Tensor]:
+        """What a family does in `synthesize`: one batch, for those with a pool, from latents and classes."""
+        return self.invert(self.latents(), self.targets(), adversarial, tick)
+
+    def latents(self) -> Tensor:
         return self.generator.latents(self.synthesis_batch_size, device=self.runtime.device)
 
-    def targets(self):
+    def targets(self) -> Tensor:
         return torch.randint(self.num_classes, (self.synthesis_batch_size,), device=self.runtime.device)
 
-    def sample(self, n, batch_size):
+    def sample(self, n: int, batch_size: int) -> Iterator[Tensor]:
         """n batches of normalised images (batch_size, C, H, W), augmented, from the pool."""
         for images in self.pool.batches(batch_size, n):
             yield self.transform(images, train=True)
 
-    def pictures(self, n):
+    def pictures(self, n: int) -> Tensor:
         """The newest n images, (N, C, H, W) in 0..1."""
         return self.pool.images(max(0, len(self.pool) - n)).float() / 255
 
-    def view(self, images):
+    @torch.no_grad()
+    def unseen(self) -> Iterator[Tensor]:
+        """1000 normalised images, in batches, that the student never learns from: of latents set apart, by a copy of
+        the generator."""
+        generator, seed = copy.deepcopy(self.generator), torch.Generator().manual_seed(0)
+        for _ in range(4):
+            z = self.generator.latents(250, generator=seed).to(self.runtime.device)
+            with self.runtime.autocast():
+                x = self.normalized(generator, z)
+            yield x
+
+    def normalized(self, generator: nn.Module, z: Tensor) -> Tensor:
+        """The generator's images of latents z, normalised."""
+        x = self.transform.normalize(at_least_float32(generator(z)))
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def view(self, images: Tensor) -> Tensor:
         """A random crop and flip of images (N, C, H, W) in 0..1, normalised."""
         x = self.transform.normalize(self.transform.augment(images))
         return x.contiguous(memory_format=torch.channels_last)
 
-    def inversion_losses(self, x, targets, adversarial):
+    def inversion_losses(
+        self, x: Tensor, targets: Tensor, adversarial: bool, layers: Sequence[nn.Module] = ()
+    ) -> dict[str, Tensor]:
         """The terms of bn L_bn + oh L_oh + adv L_adv on normalised images x, by name.
 
-        A term of weight 0 is not computed, L_adv only if `adversarial`. The hooks hold what
-        entered the teacher's BatchNorm layers.
+        A term of weight 0 is not computed, L_adv only if `adversarial`. The hooks record what enters
+        the teacher's `layers`.
         """
         losses = {}
         with self.runtime.autocast():
-            with self.hooks:
+            with self.hooks.record(bool(self.bn), layers):
                 t_logits = self.teacher(x)
             s_logits = self.student(x) if self.adv and adversarial else None
         if self.bn:
             losses["loss_bn"] = self.hooks.loss()
         if self.oh:
-            losses["loss_oh"] = F.cross_entropy(wide(t_logits), targets)
+            losses["loss_oh"] = F.cross_entropy(at_least_float32(t_logits), targets)
         if s_logits is not None:
             losses["loss_adv"] = decision_adversarial_loss(s_logits, t_logits)
         return losses
 
-    def weigh(self, losses):
+    def weigh(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The sum of the losses by their weights: the settings of the same name."""
         return sum(getattr(self, name.removeprefix("loss_")) * value for name, value in losses.items())
+
+    def flush(self) -> None:
+        """Write what a checkpoint leaves to files of the synthesizer's own."""
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs: tensors and numbers in dictionaries and lists."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up what `state_dict` gave."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A choice of `datafree_kd.py --method`.
+
+    Args:
+        family: who makes the images.
+        recipe: the published settings, flag -> value: STUDENT's, GENERATOR's unless it has none, the family's.
+        fixed: settings of the family that are no flags.
+        rows: what the papers' tables call it -> the flags that make it that.
+        adjust: what the published scripts choose by the teacher's name and --g_steps (None if left out).
+    """
+
+    family: type[Synthesizer]
+    recipe: Mapping[str, object]
+    fixed: Mapping[str, object] = field(default_factory=dict)
+    rows: Mapping[str, str] = field(default_factory=dict)
+    adjust: Callable[[str, int | None], dict] = lambda teacher, g_steps: {}
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(
+    name: str, method: Method, flags: Mapping[str, str] | None = None, types: Mapping[str, object] | None = None
+) -> None:
+    """Offer `method` by `name`, to the command line as well.
+
+    Args:
+        flags: help of settings that no other method has.
+        types: argparse types of these, or dictionaries of its options, see `datafree.cli.TYPES`; without one, a
+            setting is a loss's weight, a number from 0 on.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in METHODS:
+        raise ValueError(f"the name {name!r} is taken: register the method under another one")
+    METHODS[name] = method
+    FLAGS.update(flags or {})
+    TYPES.update(types or {})
 
 
 class Best:
@@ -82,7 +219,8 @@ class Best:
     def __init__(self):
         self.loss = None
 
-    def offer(self, loss, *tensors):
+    def offer(self, loss: Tensor, *tensors: Tensor) -> None:
+        """Keep copies of these tensors if `loss` (0-d) is the lowest so far."""
         loss, tensors = loss.detach(), [t.detach() for t in tensors]
         if self.loss is None:
             self.loss, self.tensors = loss, [t.clone() for t in tensors]
@@ -92,14 +230,12 @@ class Best:
         self.tensors = [torch.where(better, new, old) for new, old in zip(tensors, self.tensors, strict=True)]
 
 
-def adam(*groups):
+def adam(*groups: tuple[Iterable[Tensor], float]) -> torch.optim.Adam:
     """The inner optimiser of all families: groups of (parameters, lr), betas 0.5 and 0.999."""
-    return torch.optim.Adam(
-        [{"params": list(p), "lr": lr} for p, lr in groups], betas=(0.5, 0.999), fused=True
-    )
+    return torch.optim.Adam([{"params": list(p), "lr": lr} for p, lr in groups], betas=(0.5, 0.999), fused=True)
 
 
-def redraw(module, gamma=1.0):
+def redraw(module: nn.Module, gamma: float = 1.0) -> None:
     """Fresh weights, N(0, 0.02^2), BatchNorm scales N(gamma, 0.02^2), biases 0 (DCGAN)."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | nn.BatchNorm2d):

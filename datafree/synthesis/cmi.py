@@ -1,12 +1,18 @@
 """CMI, Contrastive Model Inversion (Fang et al., IJCAI 2021): new images differ from old ones."""
 
+import re
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from datafree.losses import contrastive_loss, wide
+from datafree.errors import UsageError
+from datafree.losses import at_least_float32, contrastive_loss
+from datafree.pool import read_rows, write_rows
 
-from .base import Best, Synthesizer, adam, redraw
+from .base import GENERATOR, STUDENT, Best, Method, Synthesizer, adam, redraw, register
 
 
 class CMI(Synthesizer):
@@ -16,105 +22,94 @@ class CMI(Synthesizer):
 
         L = cr L_cr + bn L_bn + oh H(t, y) + adv L_adv
 
-    where L_cr tells apart, in the space of a small head on the teacher's BatchNorm inputs, a strong
-    and a weak crop of the same image from those of other images: of the batch and of `n_neg` random
-    ones of the last `bank_size`, whose features the memory bank keeps. The images of the lowest L
-    go to the pool and their features to the bank.
+    where L_cr tells apart, in the space of a small head on the teacher's features, a strong and a weak crop
+    of the same image from those of other images: of the batch and of `n_neg` random ones of the last
+    `bank_size`, whose features the memory bank keeps. The images of the lowest L go to the pool and their
+    features to the bank.
+
+    Features are spatial means of what enters the teacher's BatchNorm layers (`feature_layers` "bn") or its
+    stages ("blocks": `layer1`, `layer2` ... of ResNets, as CMI's repository has it for its ResNet-34).
+
+    Raises:
+        UsageError: "blocks" of a teacher without such stages.
     """
 
-    settings = (
-        "synthesis_batch_size",
-        "g_steps",
-        "lr_g",
-        "bn",
-        "oh",
-        "adv",
-        "cr",
-        "cr_T",
-        "bank_size",
-        "n_neg",
-        "head_dim",
-    )
+    terms = ("bn", "oh", "adv", "cr")
+    settings = (*Synthesizer.settings, *terms, "lr_g", "cr_T", "bank_size", "n_neg", "head_dim", "feature_layers")
 
     def __init__(self, *networks, **settings):
         super().__init__(*networks, **settings)
-        width = sum(layer.num_features for layer in self.hooks.layers)
-        device = self.runtime.device
-        self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.head_dim)).to(
-            device
-        )
+        if not self.cr:  # the features are read by L_cr alone
+            return
+        self.layers = self.hooks.layers if self.feature_layers == "bn" else stages(self.teacher)
+        width = sum(map(width_of, self.layers))
+        layers = nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.head_dim)
+        self.head = nn.Sequential(*layers).to(self.runtime.device)
         self.head_optimizer = torch.optim.Adam(self.head.parameters(), self.lr_g, fused=True)
-        self.bank = torch.empty(0, 2 * width, device=device)  # local half, then global half
+        path = self.pool.path.with_name("bank.f32")
+        self.bank = MemoryBank(self.bank_size, 2 * width, self.runtime.device, path)  # local half, then global half
 
-    def synthesize(self, adversarial, tick):
+    def round(self, adversarial, tick):
         redraw(self.generator)
-        return self.invert(self.latents(), self.targets(), adversarial, tick)
+        return super().round(adversarial, tick)
 
-    def invert(self, z, targets, adversarial, tick):
+    def invert(self, z: Tensor, targets: Tensor, adversarial: bool, tick: Callable) -> dict[str, Tensor]:
         """One round from latents z (N, nz), optimised in place, towards classes targets (N,)."""
         z.requires_grad_()
-        optimizer = adam((self.generator.parameters(), self.lr_g), ([z], self.lr_g))
+        optimizers = [adam((self.generator.parameters(), self.lr_g), ([z], self.lr_g))]
+        optimizers += [self.head_optimizer] if self.cr else []
         best = Best()
         for _ in range(self.g_steps):
             with self.runtime.autocast():
                 images = self.generator(z)
-            images = wide(images)
+            images = at_least_float32(images)
             losses, features = self.losses(images, targets, adversarial)
             loss = self.weigh(losses)
-            best.offer(loss, images, features)
-            optimizer.zero_grad()
-            self.head_optimizer.zero_grad()
+            best.offer(loss, images, *features)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
-            self.head_optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             tick(loss.detach())
-        self.best_loss, (images, features) = best.loss, best.tensors
+        self.best_loss, (images, *features) = best.loss, best.tensors
         self.pool.add(images)
-        self.remember(features)
+        for rows in features:
+            self.bank.add(rows)
         return {k: v.detach() for k, v in losses.items()}
 
-    def losses(self, images, targets, adversarial):
-        """The terms of weight above 0 by name, and the features (N, 2 D) of both views."""
-        losses = self.inversion_losses(self.view(images), targets, adversarial)
+    def losses(self, images: Tensor, targets: Tensor, adversarial: bool) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """The terms of weight above 0 by name; with L_cr, the features (N, 2 D) of both views, else nothing."""
+        if not self.cr:
+            return self.inversion_losses(self.view(images), targets, adversarial), []
+        losses = self.inversion_losses(self.view(images), targets, adversarial, self.layers)
         global_features = self.hooks.features()
-        with self.runtime.autocast(), self.hooks:
-            self.teacher(self.strong_view(images))
-        local_features = self.hooks.features()
-        if self.cr:
-            bank_local, bank_global = self.negatives().chunk(2, dim=1)
-            local = self.project(local_features, bank_local)
-            with torch.no_grad():
-                others = self.project(global_features, bank_global)
-            losses["loss_cr"] = contrastive_loss(local, others, self.cr_T, len(images))
-        return losses, torch.cat([local_features, global_features], dim=1)
+        local_features = self.features(self.strong_view(images))
+        bank_local, bank_global = self.bank.draw(self.n_neg).chunk(2, dim=1)
+        local = self.project(local_features, bank_local)
+        with torch.no_grad():
+            others = self.project(global_features, bank_global)
+        losses["loss_cr"] = contrastive_loss(local, others, self.cr_T, len(images))
+        return losses, [torch.cat([local_features, global_features], dim=1)]
 
-    def project(self, features, bank):
+    def features(self, x: Tensor) -> Tensor:
+        """The teacher's features (N, D) of normalised images x."""
+        with self.runtime.autocast(), self.hooks.record(False, self.layers):
+            self.teacher(x)
+        return self.hooks.features()
+
+    def project(self, features: Tensor, bank: Tensor) -> Tensor:
         return F.normalize(self.head(torch.cat([features, bank])), dim=1)
 
-    def negatives(self):
-        """`n_neg` random rows of the bank, or all if there are no more."""
-        if len(self.bank) <= self.n_neg:
-            return self.bank
-        return self.bank[torch.randperm(len(self.bank), device=self.bank.device)[: self.n_neg]]
-
-    def remember(self, features):
-        """Append features (N, 2 D) to the bank, which forgets its oldest rows beyond bank_size."""
-        self.bank = torch.cat([self.bank, features])[-self.bank_size :]
-
     @torch.no_grad()
-    def start_from(self, images):
+    def start_from(self, images: Tensor) -> None:
         """Fill pool and bank with images (N, C, H, W), uint8, inverted before."""
         self.pool.add(images)
-        for part in images[-self.bank_size :].split(self.synthesis_batch_size):
+        for part in images[-self.bank_size :].split(self.synthesis_batch_size) if self.cr else ():
             x = part.to(self.runtime.device).float() / 255
-            halves = []
-            for view in (self.strong_view, self.view):
-                with self.runtime.autocast(), self.hooks:
-                    self.teacher(view(x))
-                halves.append(self.hooks.features())
-            self.remember(torch.cat(halves, dim=1))
+            self.bank.add(torch.cat([self.features(view(x)) for view in (self.strong_view, self.view)], dim=1))
 
-    def strong_view(self, images):
+    def strong_view(self, images: Tensor) -> Tensor:
         """A crop of 1/4 to all of the area at its own place and size for each image, resized."""
         n, _, height, width = images.shape
         u = torch.rand(3, n, device=images.device, dtype=images.dtype)
@@ -130,16 +125,114 @@ class CMI(Synthesizer):
         x = F.grid_sample(images, grid, align_corners=False, padding_mode="border")
         return self.transform.normalize(x).contiguous(memory_format=torch.channels_last)
 
-    def state_dict(self):
-        return {
-            "generator": self.generator.state_dict(),
-            "head": self.head.state_dict(),
-            "head_optimizer": self.head_optimizer.state_dict(),
-            "bank": self.bank,
-        }
+    def flush(self) -> None:
+        if self.cr:
+            self.bank.flush()
 
-    def load_state_dict(self, state):
-        self.generator.load_state_dict(state["generator"])
-        self.head.load_state_dict(state["head"])
-        self.head_optimizer.load_state_dict(state["head_optimizer"])
-        self.bank = state["bank"]
+    def _parts(self) -> dict:
+        names = ("generator", "head", "head_optimizer", "bank") if self.cr else ("generator",)
+        return {name: getattr(self, name) for name in names}
+
+    def state_dict(self) -> dict:
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+
+def stages(network: nn.Module) -> list[nn.Module]:
+    """`layer1`, `layer2` ... of a ResNet.
+
+    Raises:
+        UsageError: the network has none.
+    """
+    found = [m for name, m in network.named_children() if re.fullmatch(r"layer\d", name)]
+    if not found:
+        raise UsageError(
+            f"--feature_layers blocks: a {type(network).__name__} has no stages layer1, layer2 ... as ResNets have: "
+            "give --feature_layers bn"
+        )
+    return found
+
+
+def width_of(layer: nn.Module) -> int:
+    """The channels of what enters a BatchNorm layer, or a module that begins with a convolution."""
+    first = next(m for m in layer.modules() if isinstance(m, nn.BatchNorm2d | nn.Conv2d))
+    return first.num_features if isinstance(first, nn.BatchNorm2d) else first.in_channels
+
+
+class MemoryBank:
+    """The newest `size` rows (width,) of features: a ring, allocated once.
+
+    `flush` writes what is new to `path`, a ring of twice as many rows, and a checkpoint holds their number:
+    what a killed run wrote behind its last checkpoint took the places of rows that this one does not need.
+    """
+
+    def __init__(self, size: int, width: int, device: torch.device, path: Path):
+        self.rows, self.path = torch.empty(size, width, device=device), path
+        self.count = self.new = self.saved = 0  # rows so far; of these, not in the file; ever written to it
+
+    def __len__(self):
+        return min(self.count, len(self.rows))
+
+    def _at(self, positions: Tensor) -> Tensor:
+        """Where the rows of these positions, 0 for the oldest, are."""
+        return (self.count - len(self) + positions) % len(self.rows)
+
+    def add(self, rows: Tensor) -> None:
+        """Append rows (N, width); the oldest beyond `size` are forgotten."""
+        rows = rows[-len(self.rows) :]
+        self.count += len(rows)
+        self.new = min(self.new + len(rows), len(self.rows))
+        newest = torch.arange(len(self) - len(rows), len(self), device=rows.device)
+        self.rows[self._at(newest)] = rows
+
+    def draw(self, n: int) -> Tensor:
+        """n random rows, or all, from the oldest on, if there are no more."""
+        positions = (torch.arange if len(self) <= n else torch.randperm)(len(self), device=self.rows.device)
+        return self.rows[self._at(positions[:n])]
+
+    def _pieces(self, first: int, rows: Tensor) -> list[tuple[int, Tensor]]:
+        """Rows number `first` ... of the file, in its order, each piece with the byte where it begins."""
+        room, width = 2 * len(self.rows), self.rows.shape[1] * self.rows.element_size()
+        head = room - first % room
+        return [(first % room * width, rows[:head]), (0, rows[head:])]
+
+    def flush(self) -> None:
+        """Write the new rows to the file."""
+        newest = torch.arange(len(self) - self.new, len(self), device=self.rows.device)
+        write_rows(self.path, *self._pieces(self.saved, self.rows[self._at(newest)]), new=not self.saved)
+        self.saved, self.new = self.saved + self.new, 0
+
+    def state_dict(self) -> dict:
+        return {"rows": self.saved + self.new}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.saved, self.new = state["rows"], 0
+        self.count = min(self.saved, len(self.rows))
+        if self.count:
+            read_rows(self.path, *self._pieces(self.saved - self.count, self.rows[: self.count]))
+
+
+register(
+    "cmi",
+    Method(
+        CMI,
+        STUDENT
+        | GENERATOR
+        | dict(g_steps=200, lr_g=1e-3, adv=0.5, bn=1.0, oh=1.0, cr=0.8, cr_T=0.2)
+        | dict(bank_size=40960, n_neg=4096, head_dim=256, feature_layers="bn"),
+        rows={"CMI-500": "--g_steps 500"},
+        adjust=lambda teacher, g_steps: {"feature_layers": "blocks"} if teacher == "resnet34" else {},
+    ),
+    {
+        "cr": "weight of the contrastive loss",
+        "cr_T": "temperature of the contrastive loss",
+        "bank_size": "images in the memory bank",
+        "n_neg": "of the bank, negatives of a step",
+        "head_dim": "output size of the instance discriminator",
+        "feature_layers": "what it sees: the means of what enters the BatchNorm layers, or the stages of a ResNet",
+    },
+    {"feature_layers": dict(choices=("bn", "blocks"))},
+)

@@ -1,13 +1,16 @@
 """Adaptive DeepInversion (Yin et al., CVPR 2020): the pixels themselves are optimised."""
 
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from datafree.augment import random_flip
 from datafree.hooks import BatchNormHooks
-from datafree.losses import js_loss, total_variation, wide
+from datafree.losses import at_least_float32, js_loss, total_variation
+from datafree.pool import ImagePool
 
-from .base import Best, Synthesizer
+from .base import STUDENT, Best, Method, Synthesizer, register
 
 
 class DeepInversion(Synthesizer):
@@ -15,22 +18,23 @@ class DeepInversion(Synthesizer):
 
         bn (L_bn(teacher) - 0.001 L_bn(student)) + oh H(t, y) - adv JS(s, t) + tv L_tv + l2 |x|
 
-    with x rolled by up to an eighth of its size and mirrored at random, and pixels clipped to the
-    valid range behind each step. |x| is the norm of the whole batch. The images of the lowest loss
-    go to the pool; as published, the last do, because their "best" shares the variable's memory.
+    with the batch x rolled by up to an eighth of its size and, on one toss of a coin, mirrored, and pixels
+    clipped to the valid range behind each step. |x| is the norm of the whole batch. The images of the lowest
+    loss go to the pool; as published, the last do, because their "best" shares the variable's memory.
     """
 
-    settings = ("synthesis_batch_size", "g_steps", "lr_g", "bn", "oh", "adv", "tv", "l2", "as_published")
+    terms = ("bn", "oh", "adv", "tv", "l2")
+    settings = (*Synthesizer.settings, *terms, "lr_g", "as_published")
 
     def __init__(self, *networks, **settings):
         super().__init__(*networks, **settings)
-        self.student_hooks = BatchNormHooks(self.student)
+        self.student_hooks, self.apart = BatchNormHooks(self.student), None
 
-    def synthesize(self, adversarial, tick):
-        x = torch.randn(self.synthesis_batch_size, *self.shape, device=self.runtime.device)
-        return self.invert(x, self.targets(), adversarial, tick)
+    def latents(self) -> Tensor:
+        """What a round starts from: noise as normalised images (N, C, H, W)."""
+        return torch.randn(self.synthesis_batch_size, *self.shape, device=self.runtime.device)
 
-    def invert(self, x, targets, adversarial, tick):
+    def invert(self, x: Tensor, targets: Tensor, adversarial: bool, tick: Callable) -> dict[str, Tensor]:
         """One round from normalised images x (N, C, H, W), which are optimised in place."""
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
         low, high = (self.transform.normalize(torch.full_like(x[:1], v)) for v in (0.0, 1.0))
@@ -51,26 +55,38 @@ class DeepInversion(Synthesizer):
         self.pool.add(images)
         return {k: v.detach() for k, v in losses.items()}
 
-    def jitter(self, x):
-        """x rolled by one random offset in both directions and mirrored with probability 1/2."""
+    def unseen(self) -> Iterator[Tensor]:
+        """A batch of normalised images that the student never learns from: always the same one."""
+        if self.apart is None:
+            pool, self.pool = self.pool, ImagePool(self.shape, self.runtime.device, "unsaved")
+            devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
+            with torch.enable_grad(), torch.random.fork_rng(devices):
+                torch.manual_seed(0)
+                self.round(not self.has_terms(False), lambda loss: None)
+            self.apart, self.pool = self.pool.near, pool
+        yield self.transform(self.apart)
+
+    def jitter(self, x: Tensor) -> Tensor:
+        """The batch rolled by one random offset in each direction and, with probability 1/2, mirrored as a whole."""
         height, width = (side // 8 for side in x.shape[2:])
         rows, columns = (int(torch.randint(-m, m + 1, ())) for m in (height, width))
         x = x.roll((rows, columns), (2, 3))
-        return random_flip(x) if self.transform.flip else x
+        return x.flip(3) if self.transform.flip and torch.rand(()) < 0.5 else x
 
-    def losses(self, x, seen, targets, adversarial):
+    def losses(self, x: Tensor, seen: Tensor, targets: Tensor, adversarial: bool) -> dict[str, Tensor]:
         """The terms of weight above 0 by name; the networks look at `seen`, the priors at x."""
-        losses = {}
-        with self.runtime.autocast(), self.hooks:
-            t_logits = self.teacher(seen)
-            if (self.adv and adversarial) or self.bn:
-                with self.student_hooks:
+        losses, adversarial = {}, bool(self.adv and adversarial)
+        with self.runtime.autocast():
+            with self.hooks.record(bool(self.bn)):
+                t_logits = self.teacher(seen)
+            if adversarial or self.bn:
+                with self.student_hooks.record(bool(self.bn)):
                     s_logits = self.student(seen)
         if self.bn:
             losses["loss_bn"] = self.hooks.loss() - 0.001 * self.student_hooks.loss()
         if self.oh:
-            losses["loss_oh"] = F.cross_entropy(wide(t_logits), targets)
-        if self.adv and adversarial:
+            losses["loss_oh"] = F.cross_entropy(at_least_float32(t_logits), targets)
+        if adversarial:
             losses["loss_adv"] = -js_loss(s_logits, t_logits)
         if self.tv:
             losses["loss_tv"] = total_variation(x)
@@ -78,8 +94,13 @@ class DeepInversion(Synthesizer):
             losses["loss_l2"] = x.norm()
         return losses
 
-    def state_dict(self):
-        return {}  # a round leaves nothing behind but its images
 
-    def load_state_dict(self, state):
-        pass
+register(
+    "deepinv",
+    Method(
+        DeepInversion,
+        STUDENT | dict(g_steps=1000, lr_g=0.1, adv=1.0, bn=10.0, oh=1.0, tv=0.0, l2=0.0),
+        rows={"DeepInversion": "", "DeepInv-2k": "--g_steps 2000"},
+    ),
+    {"tv": "weight of the total variation", "l2": "weight of the batch's norm"},
+)

@@ -1,13 +1,14 @@
 """Fast-Datafree (Fang et al., AAAI 2022): a generator that is meta-learnt across batches."""
 
 import copy
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from datafree.losses import wide
+from datafree.losses import at_least_float32
 
-from .base import Best, Synthesizer, adam, redraw
+from .base import GENERATOR, STUDENT, Best, Method, Synthesizer, adam, redraw, register
 
 
 class Fast(Synthesizer):
@@ -22,14 +23,12 @@ class Fast(Synthesizer):
     difference between it and the copy's end). Without `meta` it takes the steps itself.
     """
 
+    terms = ("bn", "oh", "adv")
     settings = (
-        "synthesis_batch_size",
-        "g_steps",
+        *Synthesizer.settings,
+        *terms,
         "lr_g",
         "lr_z",
-        "bn",
-        "oh",
-        "adv",
         "bn_mmt",
         "meta",
         "is_maml",
@@ -37,17 +36,15 @@ class Fast(Synthesizer):
         "reset_bn",
         "as_published",
     )
-    reptile_factor = 67
+    reptile_factor = 67.0
+    summed = True  # whether first-order MAML takes the gradients of all steps
 
     def __init__(self, *networks, **settings):
         super().__init__(*networks, **settings)
         if self.meta:
             self.meta_optimizer = adam((self.generator.parameters(), self.lr_g * self.g_steps))
 
-    def synthesize(self, adversarial, tick):
-        return self.invert(self.latents(), self.targets(), adversarial, tick)
-
-    def invert(self, z, targets, adversarial, tick):
+    def invert(self, z: Tensor, targets: Tensor, adversarial: bool, tick: Callable) -> dict[str, Tensor]:
         """One round from latents z (N, nz) towards classes targets (N,); returns the last losses.
 
         z is optimised in place.
@@ -55,45 +52,50 @@ class Fast(Synthesizer):
         z.requires_grad_()
         inner = copy.deepcopy(self.generator) if self.meta else self.generator
         weights = [p for p in inner.parameters() if p.requires_grad]
-        meta_weights = [p for p in self.generator.parameters() if p.requires_grad]
         optimizer = adam((weights, self.lr_g), ([z], self.lr_z))
-        best, gradients = Best(), None
+        copies, best = [*weights, z], Best()
         for step in range(self.g_steps):
             with self.runtime.autocast():
                 images = inner(z)
-            images = wide(images)
+            images = at_least_float32(images)
             losses = self.inversion_losses(self.view(images), targets, adversarial)
             loss = self.weigh(losses)
             best.offer(loss, images)
             optimizer.zero_grad()
             loss.backward()
             if self.meta and self.is_maml:
-                if gradients is None:
-                    gradients = [p.grad.clone() for p in weights]
-                else:
-                    torch._foreach_add_(gradients, [p.grad for p in weights])
-                if step + 1 == self.g_steps:
-                    self._meta_step(meta_weights, gradients)
+                self._take_gradients(copies, step == 0 or not self.summed)
             optimizer.step()
             tick(loss.detach())
         if self.bn:
             self.hooks.update()
-        if self.meta and not self.is_maml:
-            with torch.no_grad():
-                self._meta_step(
-                    meta_weights,
-                    [self.reptile_factor * (m - p) for m, p in zip(meta_weights, weights, strict=True)],
-                )
+        if self.meta:
+            if not self.is_maml:
+                with torch.no_grad():
+                    for common, mine in zip(self.common(), copies, strict=False):
+                        common.grad = self.reptile_factor * (common - mine)
+            self.meta_step()
         self.best_loss, (images,) = best.loss, best.tensors
         self.pool.add(images)
         return {k: v.detach() for k, v in losses.items()}
 
-    def _meta_step(self, weights, gradients):
-        for p, gradient in zip(weights, gradients, strict=True):
-            p.grad = gradient
+    def common(self) -> list[Tensor]:
+        """What the rounds share; the first of a round's copies correspond."""
+        return [p for p in self.generator.parameters() if p.requires_grad]
+
+    def _take_gradients(self, copies: list[Tensor], first: bool) -> None:
+        """Give the common tensors the gradients of the copies; add them unless they are the `first`."""
+        pairs = [(c, p) for c, p in zip(self.common(), copies, strict=False) if p.grad is not None]  # not all are used
+        if first:
+            for common, mine in pairs:
+                common.grad = mine.grad.clone()
+        else:
+            torch._foreach_add_([common.grad for common, _ in pairs], [mine.grad for _, mine in pairs])
+
+    def meta_step(self) -> None:
         self.meta_optimizer.step()
 
-    def reset(self):
+    def reset(self) -> None:
         """What happens once in mid-run: --reset_l0 redraws the generator's first linear layer and
         first BatchNorm, --reset_bn every BatchNorm.
 
@@ -108,15 +110,43 @@ class Fast(Synthesizer):
             for norm in norms:
                 redraw(norm)
 
-    def state_dict(self):
-        return {
-            "generator": self.generator.state_dict(),
-            "hooks": self.hooks.state_dict(),
-            "meta_optimizer": self.meta_optimizer.state_dict() if self.meta else None,
-        }
+    def state_dict(self) -> dict:
+        meta = {"meta_optimizer": self.meta_optimizer.state_dict()} if self.meta else {}
+        return {"generator": self.generator.state_dict(), "hooks": self.hooks.state_dict()} | meta
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         self.generator.load_state_dict(state["generator"])
         self.hooks.load_state_dict(state["hooks"])
         if self.meta:
             self.meta_optimizer.load_state_dict(state["meta_optimizer"])
+
+
+# What the published scripts choose by teacher and by g_steps.
+FAST_BY_TEACHER = {"resnet34": dict(adv=1.33, oh=0.5), "vgg11": dict(adv=1.0, oh=0.5)}
+FAST_BY_STEPS = {2: dict(lr_z=0.015, lr_g=5e-3), 5: dict(lr_z=0.01, lr_g=3e-3)}
+
+
+def adjust(teacher: str, g_steps: int | None) -> dict[str, float]:
+    """The settings of Fast that differ from its recipe's."""
+    return FAST_BY_TEACHER.get(teacher, {}) | FAST_BY_STEPS.get(g_steps, {})
+
+
+RECIPE = (
+    STUDENT
+    | GENERATOR
+    | dict(n_epochs=220, warmup=20, lr=0.2, g_steps=10, lr_z=0.01, lr_g=2e-3)
+    | dict(adv=1.1, bn=10.0, oh=0.4, bn_mmt=0.9, reset_l0=1, reset_bn=0)
+)
+register(
+    "fast",
+    Method(Fast, RECIPE, dict(meta=False, is_maml=0), adjust=adjust),
+    {
+        "lr_z": "learning rate of the latents",
+        "bn_mmt": "momentum of the batches' BatchNorm statistics",
+        "reset_l0": "1: redraw the generator's first layer in mid-run",
+        "reset_bn": "1: redraw the generator's BatchNorm layers in mid-run",
+        "is_maml": "1: first-order MAML, 0: Reptile",
+    },
+)
+ROWS = {f"Fast-{n}": f"--g_steps {n}" for n in (2, 5, 10)}
+register("fast_meta", Method(Fast, RECIPE | dict(is_maml=1), dict(meta=True), ROWS, adjust))

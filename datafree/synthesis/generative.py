@@ -1,12 +1,14 @@
 """The generator families of DAFL, DFAD, ZSKT and DFQ, as Fast-Datafree compares them."""
 
 import math
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from datafree.losses import activation_loss, information_entropy_loss, kd_loss, l1_loss, one_hot_loss, wide
+from datafree.losses import activation_loss, information_entropy_loss, one_hot_loss
 
-from .base import Synthesizer, adam
+from .base import CRITERIA, GENERATOR, STUDENT, Method, Synthesizer, adam, register
 
 
 class Generative(Synthesizer):
@@ -20,28 +22,17 @@ class Generative(Synthesizer):
     `as_published` that is so here.
     """
 
-    settings = (
-        "synthesis_batch_size",
-        "g_steps",
-        "lr_g",
-        "bn",
-        "oh",
-        "act",
-        "adv",
-        "balance",
-        "criterion",
-        "as_published",
-    )
+    terms = ("bn", "oh", "adv", "act", "balance")
+    settings = (*Synthesizer.settings, *terms, "lr_g", "criterion", "as_published")
     pooled = False
     published_T = 1.0
 
     def __init__(self, *networks, **settings):
         super().__init__(*networks, **settings)
         self.optimizer = adam((self.generator.parameters(), self.lr_g))
-        self.distance = l1_loss if self.criterion == "l1" else kd_loss
         self.opponent = self.teacher if self.as_published else self.student
 
-    def synthesize(self, adversarial, tick):
+    def round(self, adversarial, tick):
         for _ in range(self.g_steps):
             losses = self.step(self.latents(), adversarial)
             loss = self.weigh(losses)
@@ -51,11 +42,11 @@ class Generative(Synthesizer):
             tick(loss.detach())
         return {k: v.detach() for k, v in losses.items()}
 
-    def step(self, z, adversarial):
+    def step(self, z: Tensor, adversarial: bool) -> dict[str, Tensor]:
         """The losses of weight above 0 on the images of latents z (N, nz), by name."""
         with self.runtime.autocast():
-            x = self.normalized(z)
-            with self.hooks:
+            x = self.normalized(self.generator, z)
+            with self.hooks.record(bool(self.bn)):
                 t_logits, t_features = self.teacher(x, return_features=True)
             s_logits = self.opponent(x) if self.adv and adversarial else None
         losses = {}
@@ -68,16 +59,11 @@ class Generative(Synthesizer):
         if self.balance:
             losses["loss_balance"] = information_entropy_loss(t_logits, math.e)
         if s_logits is not None:
-            losses["loss_adv"] = -self.distance(s_logits, t_logits)
+            losses["loss_adv"] = -CRITERIA[self.criterion](s_logits, t_logits)
         return losses
 
-    def normalized(self, z):
-        """The generator's images of latents z, normalised."""
-        x = self.transform.normalize(wide(self.generator(z)))
-        return x.contiguous(memory_format=torch.channels_last)
-
     @torch.no_grad()
-    def sample(self, n, batch_size):
+    def sample(self, n: int, batch_size: int) -> Iterator[Tensor]:
         """n batches of fresh normalised images (batch_size, C, H, W).
 
         The generator stays in train mode, as published.
@@ -85,11 +71,11 @@ class Generative(Synthesizer):
         for _ in range(n):
             z = self.generator.latents(batch_size, device=self.runtime.device)
             with self.runtime.autocast():
-                x = self.normalized(z)
+                x = self.normalized(self.generator, z)
             yield x
 
     @torch.no_grad()
-    def pictures(self, n):
+    def pictures(self, n: int) -> Tensor:
         """Images of n latents that stay the same through a run, by the running statistics."""
         seed = torch.Generator().manual_seed(0)
         z = self.generator.latents(n, generator=seed).to(self.runtime.device)
@@ -97,9 +83,20 @@ class Generative(Synthesizer):
         self.generator.train()
         return x
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         return {"generator": self.generator.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         self.generator.load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+RECIPE = STUDENT | GENERATOR | dict(kd_steps=5, g_steps=1, lr_g=1e-3, adv=0.0, bn=0.0, oh=0.0, act=0.0, balance=0.0)
+register(
+    "zskt",
+    Method(Generative, RECIPE | dict(adv=1.0), rows={"ZSKT": ""}),
+    {"act": "weight of the activation loss", "balance": "weight of the class balance"},
+)
+register("dfad", Method(Generative, RECIPE | dict(adv=1.0, criterion="l1", T=1.0), rows={"DFAD": ""}))
+register("dafl", Method(Generative, RECIPE | dict(oh=1.0, act=0.001, balance=20.0, nz=512), rows={"DAFL": ""}))
+register("dfq", Method(Generative, RECIPE | dict(kd_steps=10, adv=1.0, bn=1.0, oh=1.0, balance=20.0), rows={"DFQ": ""}))

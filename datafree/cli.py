@@ -1,0 +1,376 @@
+"""Command lines: a parser whose flags have one home, names of runs, and how a script ends."""
+
+import argparse
+import errno
+import hashlib
+import re
+import shlex
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from data import DATASETS, SOURCES, TEST_SETS, DataError
+from datafree.errors import TimeLimit, UsageError
+from datafree.teachers import recipe_for, weights_of
+from models import MODELS, agree_on_size
+
+STARTED = time.monotonic()
+# Flags that do not change what a run computes: they are not in its name, and may differ on --resume.
+FREE = {
+    "resume",
+    "out",
+    "tag",
+    "data_root",
+    "wild_root",
+    "transfer_root",
+    "checkpoints",
+    "device",
+    "gpu",
+    "visdom",
+    "evaluate_only",
+    "ckpt",
+    "export_images",
+    "save_dir",
+    "pool_size",
+    "memory",
+    "sample_every",
+    "save_img",
+    "time_limit",
+    "script",
+    "run_name",
+    "command",
+}
+
+
+def number(kind: type, low: float, high: float | None = None, above: bool = False) -> Callable:
+    """An argparse type: an int or float of at least `low` (above it if `above`), at most `high`."""
+
+    def parse(text):
+        value = kind(text)
+        possible = low < value if above else low <= value  # False for NaN as well
+        if not possible or value > (sys.float_info.max if high is None else high):
+            bound = f"{'above' if above else 'at least'} {low}"
+            bound += "" if high is None else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} is impossible: it must be {bound}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names the type in "invalid int value"
+    return parse
+
+
+count, positive, weight = number(int, 1), number(float, 0, above=True), number(float, 0)
+batch, fraction, switch = number(int, 2), number(float, 0, 1), dict(type=int, choices=(0, 1))
+fractions = dict(type=fraction, nargs="*", metavar="FRACTION")
+# The type of every flag that a recipe sets, by its name; what is not here is a weight of a loss.
+TYPES = {
+    **dict.fromkeys(("batch_size", "synthesis_batch_size", "num_select"), batch),
+    **dict.fromkeys(
+        (
+            "n_epochs",
+            "epoch_itrs",
+            "iterations",
+            "k",
+            "ep_steps",
+            "kd_steps",
+            "g_steps",
+            "z_rounds",
+            "nz",
+            "ngf",
+            "bank_size",
+            "n_neg",
+            "head_dim",
+        ),
+        count,
+    ),
+    **dict.fromkeys(
+        ("lr", "lr_S", "lr_G", "lr_Q", "lr_g", "lr_z", "meta_lr_g", "meta_lr_z", "T", "cr_T", "reptile_factor"),
+        positive,
+    ),
+    **dict.fromkeys(("warmup", "phase1_rounds"), number(int, 0)),
+    **dict.fromkeys(("bn_mmt", "gamma"), fraction),
+    **dict.fromkeys(("is_maml", "reset_l0", "reset_bn"), switch),
+    **dict.fromkeys(("optimizer", "optimizer_S"), dict(choices=("adam", "adamw", "sgd"))),
+    "optimizer_G": dict(choices=("adam", "adamw")),
+    "milestones": fractions,
+    "crop": number(int, 32, 256),
+    "schedule": dict(choices=("steps", "cosine")),
+}
+ALIASES = {"n_epochs": "--epochs", "nz": "--latent_dim"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and whose help keeps the script's docstring.
+
+    Args:
+        script: the script's file, whose stem begins the names of its runs.
+        card: its docstring. paper: whose teachers it wants by default (see `teachers.recipe_for`).
+    """
+
+    def __init__(self, script: str, card: str, paper: str = "fast"):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=card, formatter_class=formatter, allow_abbrev=False)
+        self.script, self.paper = Path(script).stem, paper
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+    def add_dataset(self, default: str = "digits", none: bool = True) -> None:
+        """The data set whose test images score the student; `none`: also without any."""
+        text = "the teacher's data set; only its test images are used" if none else "the data set"
+        if none:
+            text += (
+                "; none: no images at all, the score is the agreement with the teacher on synthetic images "
+                "that the student has not seen"
+            )
+        choices = TEST_SETS() if none else tuple(DATASETS)
+        self.add_argument("--dataset", choices=choices, default=default, help=f"{text} (default: %(default)s)")
+        self.add_argument("--img_size", type=number(int, 8), help="(default: the network's or the data's)")
+        self.add_argument("--attribute", help="CelebA: the attribute (default: the most balanced)")
+        if none:
+            self.add_argument("--num_classes", type=count, help="with --dataset none (default: the teacher file's)")
+            text = "with --dataset none (default: the teacher file's, else 3)"
+            self.add_argument("--channels", type=int, choices=(1, 3), help=text)
+
+    def add_networks(self, models: Mapping = MODELS, roles: Sequence[str] = ("teacher", "student")) -> None:
+        """The networks by registry name, and where the teacher's weights are."""
+        names = ", ".join(sorted(models))
+        for role in roles:
+            text = f"one of {names}" if role == roles[0] else "the same names"
+            self.add_argument(
+                f"--{role}", choices=sorted(models), metavar="NAME", help=f"{text} (default: the data set's, see above)"
+            )
+        if "teacher" in roles:
+            self.add_argument(
+                "--teacher_ckpt",
+                "--teacher_dir",
+                metavar="FILE",
+                help="the teacher's weights: a file, "
+                "or a run folder (default: <dataset>-<teacher>-<recipe>.pt in --checkpoints or "
+                "pretrained/)",
+            )
+            self.add_argument(
+                "--teacher_recipe", metavar="NAME", help="the recipe that made them (default: the paper's)"
+            )
+        self.add_argument(
+            "--checkpoints",
+            default="./checkpoints",
+            metavar="DIR",
+            help="where teachers' weights are (default: %(default)s)",
+        )
+
+    def add_recipe(self, **flags: str) -> None:
+        """Flags of the recipe, name -> help; left out, each is the preset's."""
+        group = self.add_argument_group("recipe", "left out, each is the preset's, see above")
+        for name, text in flags.items():
+            kind = TYPES.get(name, weight)
+            options = dict(kind) if isinstance(kind, dict) else dict(type=kind, metavar="X")
+            names = (f"--{name}", ALIASES[name]) if name in ALIASES else (f"--{name}",)
+            group.add_argument(*names, help=text, **options)
+
+    def add_run(self) -> None:
+        """The flags that every training script has."""
+        group = self.add_argument_group("run")
+        add = group.add_argument
+        add(
+            "--data_root",
+            "--data",
+            default="./datasets",
+            metavar="DIR",
+            help="where data sets are, and are downloaded to (default: %(default)s)",
+        )
+        for name in ("mean", "std"):
+            add(
+                f"--{name}",
+                type=fraction,
+                nargs="+",
+                metavar="X",
+                help=f"the {name} of each channel, of pixels in 0..1 "
+                "(default: the teacher file's, else the data set's)",
+            )
+        add(
+            "--out",
+            "--output_dir",
+            default="./runs",
+            metavar="DIR",
+            help="parent of the run folders, whose names follow from the flags (default: %(default)s)",
+        )
+        add("--tag", "--log_tag", default="", help="suffix of the run folder's name")
+        add(
+            "--resume",
+            action="store_true",
+            help="continue the run's last checkpoint, if there is one; without it, an "
+            "earlier run of the same name is set aside as NAME.1, NAME.2 ...",
+        )
+        add(
+            "--time_limit",
+            type=positive,
+            metavar="MINUTES",
+            help="stop with a checkpoint before so many minutes have passed, exit code 75; --resume goes on",
+        )
+        add(
+            "--evaluate_only",
+            "--test_only",
+            action="store_true",
+            help="score the run's best checkpoint (or --ckpt) and stop",
+        )
+        add("--ckpt", metavar="FILE", help="weights for --evaluate_only")
+        add(
+            "--sample_every",
+            type=number(int, 0),
+            default=10,
+            metavar="N",
+            help="write a grid of images each N epochs, 0 for never (default: %(default)s)",
+        )
+        add(
+            "--visdom",
+            type=number(int, 1, 65535),
+            nargs="?",
+            const=15550,
+            metavar="PORT",
+            help="live curves and images "
+            "on a visdom server at this port (15550 if none is given); without a server, a log to replay later",
+        )
+        self.add_device(group)
+
+    def add_device(self, group: argparse._ActionsContainer | None = None) -> None:
+        """The flags that `runtime.setup` reads."""
+        add = (group or self).add_argument
+        add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="(default: %(default)s)")
+        add(
+            "--device",
+            choices=("auto", "cpu", "cuda"),
+            default="auto",
+            help="auto takes a GPU if there is one (default: %(default)s)",
+        )
+        add("--gpu", type=number(int, 0), metavar="N", help="the same as --device cuda on GPU number N")
+        add(
+            "--precision",
+            choices=("auto", "fp32", "bf16"),
+            help="auto takes bfloat16 autocast where the hardware has it; "
+            "fp32 is float32 throughout, without TF32 (default: the preset's, else auto)",
+        )
+
+    def parse_args(self, args=None, namespace=None):
+        argv = sys.argv[1:] if args is None else [str(a) for a in args]
+        found = super().parse_args(argv, namespace)
+        found.script, found.command = f"{self.script}.py", shlex.join(["python", f"{self.script}.py", *argv])
+        return found
+
+    def complete(self, args: argparse.Namespace, preset: Mapping, words: Sequence[str] = (), named: Sequence[str] = ()):
+        """Give flags that were left out their preset's value, agree on the image size, name the run.
+
+        Args:
+            preset: flag -> value. words: what the name says after data and networks, of the flags `named`.
+        """
+        source = SOURCES.get(args.dataset, SOURCES["folder"])
+        pair = dict(zip(("teacher", "student"), source.pair, strict=True))
+        preset = {"precision": "auto", "teacher_recipe": None} | pair | dict(preset)
+        if "teacher_recipe" in args and preset["teacher_recipe"] is None:
+            preset["teacher_recipe"] = recipe_for(self.paper, args.dataset)
+        networks = [key for key in ("teacher", "student", "model") if key in args]
+        for key, value in preset.items():
+            if getattr(args, key, 0) is None:
+                setattr(args, key, value)
+        if "img_size" in args:
+            try:
+                usual = [name for key in networks if (name := getattr(args, key)) in MODELS]
+                preset["img_size"] = agree_on_size(usual) or source.img_size
+                args.img_size = agree_on_size(usual, args.img_size)
+            except ValueError as error:
+                self.error(str(error))
+        if set(args.tag) & set("/\\\0") or args.tag.startswith("."):
+            self.error(f"--tag {args.tag!r} is no part of a file name: leave out / and \\")
+        args.run_name = self._name(args, preset, [getattr(args, key) for key in networks], words, {*named, *networks})
+        return args
+
+    def _name(self, args, preset, networks, words, named) -> str:
+        """<script>-<data>-<networks>-<words>-<flags that are not the preset's>[-<tag>]."""
+        data = args.dataset if args.dataset != "folder" else f"folder_{path_word(args.data_root)}"
+        parts, changed = [self.script, data, *networks, *words], []
+        for action in self._actions:
+            key = action.dest
+            default = preset.get(key, action.default)
+            value = getattr(args, key, None)
+            if key in FREE or key in named or key == "dataset" or value is None or value == default:
+                continue
+            changed.append((key, value))
+        words = [self._word(args, key, value) for key, value in changed]
+        # The length stays readable: --resume finds the run that a longer one goes on from.
+        rest = [word for word in words if not re.fullmatch(r"n_epochs\d+", word)]
+        if len(rest) > 4 or len("-".join(rest)) > 80:
+            digest = hashlib.sha256(repr(rest).encode()).hexdigest()[:8]
+            words = [f"x{digest}", *(word for word in words if word not in rest)]
+        name = "-".join(str(part) for part in (*parts, *words, args.tag) if str(part))
+        return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name)
+
+    def _word(self, args, key, value) -> str:
+        if key == "teacher_ckpt":  # its content, wherever it lies
+            path = weights_of(value)
+            content = path.read_bytes() if path.is_file() else str(value).encode()
+            return f"teacher_{hashlib.sha256(content).hexdigest()[:6]}"
+        if value is True:
+            return key
+        if isinstance(value, list):
+            value = "_".join(f"{v:g}" for v in value) or "none"
+        elif isinstance(value, float):
+            value = f"{value:g}"
+        elif isinstance(value, str):
+            value = path_word(value)
+        return f"{key}{'' if isinstance(value, int) else '_'}{value}"
+
+
+def path_word(path: str) -> str:
+    """A word or a path as it was given, as a word: a path's last part, and a hash that tells it from its namesakes."""
+    if not set(path) & set("/\\"):
+        return path
+    return f"{Path(path).name}_{hashlib.sha256(path.encode()).hexdigest()[:4]}"
+
+
+def describe_presets(presets: Mapping[str, Mapping]) -> str:
+    """Presets (name -> flag -> value) as indented lines for --help; equal ones stand together."""
+    texts = {}
+    for name, values in presets.items():
+        text = " ".join(
+            f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in values.items() if v != []
+        )
+        texts.setdefault(text, []).append(name)
+    indent = " " * 8
+    return "\n".join(
+        f"    {', '.join(names)}:\n" + textwrap.fill(text, 98, initial_indent=indent, subsequent_indent=indent)
+        for text, names in texts.items()
+    )
+
+
+def cli(main: Callable, parse_args: Callable) -> None:
+    """Run `main(parse_args())`; a mistake of the user's ends in one line and exit code 2."""
+    args = parse_args()
+    try:
+        main(args)
+    except (UsageError, DataError) as error:
+        _stop(error, 2)
+    except TimeLimit as limit:
+        _stop(limit, 75)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        _stop(
+            f"{error.strerror}: {error.filename or 'a file of this run'}: make room or choose another --out; what is "
+            "saved is whole, --resume goes on from it",
+            2,
+        )
+    except torch.OutOfMemoryError:
+        sizes = [
+            f"--{k}" for k in ("batch_size", "synthesis_batch_size", "pool_size", "memory", "img_size") if k in args
+        ]
+        _stop(f"the device's memory is too small for this: lower {' or '.join(sizes)}", 2)
+    except KeyboardInterrupt:
+        _stop("interrupted; the same command with --resume goes on from the last whole epoch", 130)
+
+
+def _stop(message, code: int) -> None:
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(code)

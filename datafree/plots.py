@@ -1,0 +1,49 @@
+"""Pictures for people: curves of a score, and segmentations side by side."""
+
+import csv
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import nn
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from datafree.runtime import Runtime
+
+
+def plot_accuracy(path: Path, runs: Mapping[str, Path], column: str = "accuracy", over: str = "seconds") -> None:
+    """Draw a test score over seconds or epochs: `runs` maps a label to its metrics.csv."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel=over, ylabel=f"test {column} (%)")
+    for label, source in runs.items():
+        with Path(source).open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        x, y = ([float(row[key]) for row in rows] for key in (over, column))
+        axes.plot(x, y, label=label, marker="." if len(rows) < 30 else "")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small").set_in_layout(False)  # long names of runs would leave no room to the axes
+    figure.savefig(path, dpi=120)
+
+
+@torch.no_grad()
+def side_by_side(
+    folder: Path, networks: Mapping[str, nn.Module], data, transform: Callable, runtime: Runtime, count: int
+) -> None:
+    """Write the first `count` test images to `folder` as test0000.png ...
+
+    From left to right: image, ground truth, then the classes that each of `networks` (name ->
+    network, in eval mode afterwards) sees, in the colours of `data`, a segmentation data set.
+    """
+    for network in networks.values():
+        network.eval()
+    count = min(count, len(data.test))
+    images = tqdm(data.test.whole(runtime.device), "side by side", total=count, leave=False, disable=None)
+    for i, (x, y) in zip(range(count), images, strict=False):
+        with runtime.autocast():
+            labels = [network(transform(x)).argmax(1) for network in networks.values()]
+        parts = [x.float().cpu() / 255, *(data.paint(label) for label in (y, *labels))]
+        save_image(torch.cat(parts, dim=3), folder / f"test{i:04}.png")

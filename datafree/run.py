@@ -1,0 +1,393 @@
+"""A run's folder and its record: progress, metrics, checkpoints, pictures, result.
+
+runs/<name>/  args.json  metrics.csv  log.txt  last.pt  best.pt  accuracy.png  result.json
+              samples/*.png  visdom.log
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import platform
+import re
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+from datafree import checkpoint
+from datafree.cli import FREE, STARTED
+from datafree.errors import TimeLimit, UsageError
+from datafree.plots import plot_accuracy
+from datafree.runtime import Runtime, commit, device_name
+from datafree.visdom import Visdom
+
+SAY_EVERY = 60  # seconds between the lines of a log that is no terminal
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    """The folder of the run with these flags."""
+    return Path(args.out) / args.run_name
+
+
+def finished(args: argparse.Namespace) -> dict | None:
+    """The record of this run if it is finished and --resume is given: it is not touched again."""
+    path = run_folder(args) / "result.json"
+    if not args.resume or not path.is_file():
+        return None
+    try:
+        result = json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({error}): delete it to finish the run again") from error
+    print(f"{path.parent} is finished: last {result['last']:.2f}, best {result['best']:.2f}; nothing is changed")
+    return result
+
+
+class Run:
+    """One training run: its folder, its checkpoints and its record.
+
+    Args:
+        args: the script's namespace, with run_name; stored, and compared on --resume.
+        runtime: device and precision.
+        score: what the test score, in percent, is called: "Acc@1", "mIoU" or "agreement".
+
+    Raises:
+        UsageError: the folder cannot be written, or --resume with other flags than the run's.
+    """
+
+    def __init__(self, args: argparse.Namespace, runtime: Runtime, score: str = "Acc@1"):
+        self.args, self.runtime, self.score, self.column = args, runtime, score, column_of(score)
+        self.folder = run_folder(args)
+        self.name = self.folder.name
+        self.last, self.best = self.folder / "last.pt", self.folder / "best.pt"
+        self.best_score, self.best_epoch, self.next_epoch = -math.inf, None, 0
+        self.pieces, self.rows, self.bar, self.visdom, self.percent = [], [], None, None, None
+        self.longest, self.epoch_started = 0.0, time.monotonic()
+        try:
+            if args.resume and not self.last.exists():
+                self._stretch()
+            elif self.last.exists() and not args.resume:
+                self._set_aside()
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            with (self.folder / "log.txt").open("a"):
+                pass
+        except OSError as error:
+            raise UsageError(f"cannot write to {self.folder} ({error.strerror}): choose another --out") from error
+
+    def _set_aside(self) -> None:
+        n = 1
+        while (old := self.folder.with_name(f"{self.name}.{n}")).exists():
+            n += 1
+        self.folder.rename(old)
+        print(f"an earlier run of this name is now {old} (--resume would have continued it)")
+
+    def _stretch(self) -> None:
+        """Go on with the run that differs in its number of epochs only, if there is just one."""
+        plain = re.compile(r"-n_epochs\d+")
+        others = [
+            p for p in self.folder.parent.glob("*/last.pt") if plain.sub("", p.parent.name) == plain.sub("", self.name)
+        ]
+        if len(others) > 1:
+            raise UsageError(
+                f"--resume: which run is to go on with other --n_epochs, {' or '.join(p.parent.name for p in others)}? "
+                f"Rename its folder to {self.name}"
+            )
+        for other in others:
+            other.parent.rename(self.folder)
+            result = self.folder / "result.json"
+            if result.exists():
+                result.rename(self.folder / f"result-{other.parent.name}.json")
+            print(f"{other.parent.name} goes on as {self.name}: its schedule stretches")
+
+    def start(self, **states) -> int:
+        """Begin, or with --resume restore the named states; returns the epoch to start with.
+
+        Args:
+            states: everything that a checkpoint must hold: objects with state_dict() and load_state_dict(). One
+                that has `flush()` keeps more in files of its own, which that writes.
+        """
+        self.states = states
+        now = {k: v for k, v in vars(self.args).items() if k not in ("script", "run_name", "command")}
+        self.flags = json.loads(json.dumps(now, default=str))
+        if self.args.resume and self.last.exists():
+            self._restore()
+        checkpoint.write_json(self.folder / "args.json", self.flags)
+        self.started = time.perf_counter()
+        self.pieces.append(
+            {
+                "epochs": [self.next_epoch + 1, self.next_epoch],
+                "command": self.args.command,
+                "commit": commit(),
+                "versions": {
+                    "python": platform.python_version(),
+                    "torch": str(torch.__version__),  # a plain string: checkpoints hold no code
+                    "torchvision": torchvision.__version__,
+                },
+                "hardware": device_name(self.runtime.device),
+                "precision": self.runtime.precision,
+                "seconds": 0.0,
+            }
+        )
+        if self.args.visdom:
+            self.visdom = Visdom(self.args.visdom, self.name, self.folder / "visdom.log", self.log, self.rows)
+        return self.next_epoch
+
+    def _restore(self) -> None:
+        content = checkpoint.read(self.last, self.runtime.device)
+        state = content.get("run")
+        if state is None:
+            raise UsageError(f"{self.last} holds weights and no run: leave --resume out")
+        changed = [
+            k
+            for k, v in state["args"].items()
+            if k not in FREE | {"n_epochs", "teacher_ckpt", "cmi_init"} and k in self.flags and self.flags[k] != v
+        ]
+        if changed:
+            raise UsageError(
+                "--resume with other flags than the run's: "
+                + ", ".join(f"--{k} was {state['args'][k]}" for k in changed)
+                + ": give the same flags, or leave --resume out"
+            )
+        for name, value in self.states.items():
+            value.load_state_dict(state["states"][name])
+        checkpoint.restore_rng(state["rng"], self.runtime.device)
+        self.next_epoch, self.percent = content["epoch"] + 1, content["card"].get(self.column)
+        self.best_score, self.best_epoch = state["best_score"], state["best_epoch"]
+        self.pieces = state["pieces"]
+        self._cut_metrics()
+        where = (
+            f"after epoch {self.next_epoch}" if self.next_epoch else "before the end of what precedes the first epoch"
+        )
+        self.log(f"resumed {where}")
+
+    def _cut_metrics(self) -> None:
+        """Drop the rows of epochs behind the checkpoint: they are run again."""
+        path = self.folder / "metrics.csv"
+        if path.exists():
+            with path.open(newline="") as file:
+                self.rows = [r for r in csv.DictReader(file) if int(r["epoch"]) <= self.next_epoch]
+            self._write_rows()
+
+    def seconds(self) -> float:
+        """Wall time of this run, earlier pieces included."""
+        return sum(p["seconds"] for p in self.pieces[:-1]) + time.perf_counter() - self.started
+
+    def log(self, text: str) -> None:
+        """A line for people, on the screen and in log.txt."""
+        tqdm.write(text)
+        with (self.folder / "log.txt").open("a") as file:
+            file.write(text + "\n")
+
+    def progress(self, iterations: list[int], batch_size: int, done: int = 0) -> None:
+        """Open the progress bar of the whole run: images/s, ETA, loss and score.
+
+        Args:
+            iterations: of each epoch. batch_size: images of an iteration. done: iterations of the next epoch
+                that are done.
+        """
+        done += sum(iterations[: self.next_epoch])
+        self.bar = tqdm(
+            total=sum(iterations) * batch_size,
+            unit=" images",
+            unit_scale=True,
+            initial=done * batch_size,
+            disable=None,
+            dynamic_ncols=True,
+            desc=self.name,
+            smoothing=0.05,
+        )
+        self.iterations, self.done, self.begun = sum(iterations), done, time.monotonic()
+        self.images_per_iteration, self.first = batch_size, done
+        self.facts, self.shown = {}, time.monotonic()
+
+    def tick(self, loss: Tensor) -> None:
+        """One iteration is done. `loss` (0-d tensor) is read twice a second, not each time."""
+        self.bar.update(self.images_per_iteration)
+        self.done += 1
+        now = time.monotonic()
+        if now - self.shown < (SAY_EVERY if self.bar.disable else 0.5):
+            return
+        self.shown = now
+        if not self.bar.disable:
+            self.facts["loss"] = f"{float(loss):.3f}"
+            self.bar.set_postfix(self.facts, refresh=False)
+            return
+        rate = (self.done - self.first) / (now - self.begun)
+        left = time.strftime("%H:%M:%S", time.gmtime((self.iterations - self.done) / rate))
+        self.log(
+            f"epoch {self.next_epoch + 1}: {100 * self.done / self.iterations:.1f} % of the run, "
+            f"{rate * self.images_per_iteration:.0f} images/s, {left} left, loss {float(loss):.3f}"
+        )
+
+    def end_epoch(self, epoch: int, percent: float, losses: Mapping, model: nn.Module, card: dict, **more) -> None:
+        """Record an epoch: checks, metrics.csv, best.pt, last.pt, the curves; in that order.
+
+        Args:
+            epoch: from 0. percent: the test score.
+            losses: name -> mean over the epoch (0-d tensor or number).
+            model: what best.pt keeps; `card` (plain values) says what it is.
+            more: further columns of metrics.csv.
+
+        Raises:
+            UsageError: a loss or a weight is not finite; nothing is saved of this epoch.
+            TimeLimit: another epoch would not fit into --time_limit.
+        """
+        losses = {k: float(v) for k, v in losses.items()}
+        states = self._states(epoch, losses)
+        self.rows.append(
+            {"epoch": epoch + 1, "seconds": round(self.seconds(), 3), self.column: percent, **losses, **more}
+        )
+        self._write_rows()
+        card = {**card, self.column: percent, "epoch": epoch + 1}
+        if percent > self.best_score:
+            self.best_score, self.best_epoch = percent, epoch + 1
+            checkpoint.save({"state_dict": model.state_dict(), "card": card}, self.best)
+        self._save(epoch, states, model, card)
+        self.next_epoch, self.percent = epoch + 1, percent
+        if self.bar is not None:
+            self.facts["score"] = f"{percent:.2f}"
+        self.log(
+            f"[Eval] Epoch={epoch + 1} {self.score}={percent:.2f} Best={self.best_score:.2f} "
+            + " ".join(f"{k}={v:.4f}" for k, v in losses.items())
+        )
+        if self.visdom:
+            for name, value in {self.column: percent, **losses}.items():
+                self.visdom.curve(name, epoch + 1, value)
+        if self.next_epoch < (self.args.n_epochs or math.inf):
+            self.check_time()
+
+    def save_first(self, losses: Mapping, model: nn.Module, card: dict) -> None:
+        """Keep what was made so far for the first epoch; the arguments are as `end_epoch`'s."""
+        self._save(-1, self._states(0, {k: float(v) for k, v in losses.items()}), model, card)
+        self.check_time()
+
+    def check_time(self) -> None:
+        """Stop where what was longest between two checkpoints would not fit any more.
+
+        Raises:
+            TimeLimit: as its name says.
+        """
+        now = time.monotonic()
+        self.longest, self.epoch_started = max(self.longest, now - self.epoch_started), now
+        if self.args.time_limit and now + 1.1 * self.longest - STARTED > 60 * self.args.time_limit:
+            text = f"time limit: stopped with a checkpoint after epoch {self.next_epoch}; --resume goes on"
+            self.log(text)
+            raise TimeLimit(text)
+
+    def _states(self, epoch: int, losses: Mapping[str, float]) -> dict:
+        """The states to save, once they are known to be finite."""
+        states = {k: v.state_dict() for k, v in self.states.items()}
+        bad = [k for k, v in losses.items() if not math.isfinite(v)]
+        for name, state in states.items():
+            tensors = [t for t in _leaves(state) if isinstance(t, Tensor) and t.is_floating_point()]
+            if tensors and not torch.stack([t.isfinite().all().to("cpu", non_blocking=True) for t in tensors]).all():
+                bad.append(name)
+        if bad:
+            kept = (
+                f"epoch {epoch} is kept in {self.last}"
+                if epoch
+                else (f"{self.last} is kept" if self.last.exists() else "nothing was saved yet")
+            )
+            raise UsageError(
+                f"{', '.join(bad)} became NaN or infinite in epoch {epoch + 1}; {kept}: lower the learning "
+                "rate, or try --precision fp32"
+            )
+        return states
+
+    def _save(self, epoch: int, states: dict, model: nn.Module, card: dict) -> None:
+        for state in self.states.values():
+            if hasattr(state, "flush"):
+                state.flush()
+        piece = self.pieces[-1]
+        piece["epochs"][1], piece["seconds"] = epoch + 1, round(time.perf_counter() - self.started, 1)
+        checkpoint.save(
+            {
+                "state_dict": model.state_dict(),
+                "card": card,
+                "epoch": epoch,
+                "run": {
+                    "states": states,
+                    "rng": checkpoint.rng_state(self.runtime.device),
+                    "best_score": self.best_score,
+                    "best_epoch": self.best_epoch,
+                    "pieces": self.pieces,
+                    "args": self.flags,
+                },
+            },
+            self.last,
+        )
+
+    def _write_rows(self) -> None:
+        """metrics.csv as a whole: a killed run leaves no half row."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(dict.fromkeys(k for row in self.rows for k in row)))
+        writer.writeheader()
+        writer.writerows(self.rows)
+        checkpoint.write(self.folder / "metrics.csv", text.getvalue().encode())
+
+    def images(self, name: str, x: Tensor) -> None:
+        """Write a grid of images (N, C, H, W) in 0..1 to samples/<name>.png, and to visdom."""
+        grid = make_grid(x.detach().float().cpu(), nrow=math.isqrt(len(x)))
+        picture = io.BytesIO()
+        save_image(grid, picture, format="png")
+        checkpoint.write(self.folder / "samples" / f"{name}.png", picture.getvalue())
+        if self.visdom:
+            self.visdom.images("samples", grid, f"samples {name}")
+
+    def finish(self, **facts) -> dict:
+        """Close the run: accuracy.png and result.json, whose content is returned.
+
+        Args:
+            facts: what the script adds, plain values.
+        """
+        if self.bar is not None:
+            self.bar.close()
+        plot_accuracy(self.folder / "accuracy.png", {self.name: self.folder / "metrics.csv"}, self.column)
+        scores = [float(row[self.column]) for row in self.rows]
+        pieces = [p for p in self.pieces if p["epochs"][1] >= p["epochs"][0]] or self.pieces[-1:]
+        result = {
+            "name": self.name,
+            "script": self.args.script,
+            "score": self.score,
+            "last": self.percent,
+            "best": self.best_score,
+            "best_epoch": self.best_epoch,
+            "epochs": self.next_epoch,
+            "mean": statistics.fmean(scores),
+            "variance": statistics.pvariance(scores),
+            **facts,
+            "seconds": round(self.seconds(), 1),
+            "seed": self.args.seed,
+            **{k: " then ".join(dict.fromkeys(str(p[k]) for p in pieces)) for k in ("precision", "hardware", "commit")},
+            "command": self.args.command,
+            "versions": pieces[-1]["versions"],
+            "pieces": pieces,
+            "args": self.flags,
+        }
+        checkpoint.write_json(self.folder / "result.json", result)
+        self.log(
+            f"last {self.percent:.2f} %, best {self.best_score:.2f} % (epoch {self.best_epoch}), "
+            f"{self.seconds():.0f} s: {self.folder / 'result.json'}"
+        )
+        return result
+
+
+def column_of(score: str) -> str:
+    """The name of a score, as people read it, in metrics.csv and checkpoints."""
+    return "accuracy" if score == "Acc@1" else score
+
+
+def _leaves(state) -> Iterator:
+    """The values in nested dictionaries, lists and tuples."""
+    if isinstance(state, dict | list | tuple):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from _leaves(value)
+    else:
+        yield state

@@ -1,0 +1,171 @@
+"""Teachers: the recipes that train them, their files, and how a student's run loads one."""
+
+import hashlib
+import math
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.models import MobileNet_V2_Weights, ResNet18_Weights, ResNet34_Weights, ResNet50_Weights
+
+from data import SOURCES
+from datafree import checkpoint
+from datafree.errors import UsageError
+
+SGD = dict(
+    optimizer="sgd",
+    lr=0.1,
+    weight_decay=5e-4,
+    batch_size=128,
+    n_epochs=200,
+    schedule="steps",
+    milestones=[0.4, 0.6],
+    gamma=0.1,
+)
+ADAM = SGD | dict(optimizer="adam", lr=1e-3, weight_decay=0.0, batch_size=256, n_epochs=10, milestones=[])
+RECIPES = {
+    "dafl-mnist": ADAM,
+    "dfad-mnist": ADAM | dict(optimizer="sgd", lr=0.01, weight_decay=1e-4),
+    "dafl": SGD,
+    "dfad": SGD | dict(milestones=[0.4, 0.8]),
+    "fast": SGD | dict(weight_decay=1e-4, batch_size=256, milestones=[0.6, 0.75, 0.9], gamma=0.2),
+    "nayer": SGD | dict(batch_size=256, schedule="cosine", milestones=[]),
+    "dfad-caltech101": SGD | dict(n_epochs=150, milestones=[1 / 3, 2 / 3]),
+    "imagenet": SGD | dict(weight_decay=1e-4, batch_size=256, n_epochs=90, milestones=[1 / 3, 2 / 3]),
+    # Ours: the paper names none for CelebA, and the digits are not in it.
+    "celeba": ADAM | dict(lr=1e-4, batch_size=128, n_epochs=20, milestones=[0.5]),
+    "digits": ADAM | dict(lr=2e-3, batch_size=64, n_epochs=40, milestones=[0.6, 0.85], gamma=0.2),
+}
+# ImageNet's weights of the networks that torchvision has under the same parameter names.
+PRETRAINED = {
+    "resnet18_imagenet": ResNet18_Weights.IMAGENET1K_V1,
+    "resnet34_imagenet": ResNet34_Weights.IMAGENET1K_V1,
+    "resnet50_imagenet": ResNet50_Weights.IMAGENET1K_V1,
+    "mobilenetv2": MobileNet_V2_Weights.IMAGENET1K_V1,
+}
+DOWNLOAD_TIMEOUT = 20  # seconds without a byte
+SHIPPED = Path(__file__).resolve().parent.parent / "pretrained"
+
+
+def recipe_for(paper: str, dataset: str) -> str | None:
+    """The recipe of the teachers that a paper takes for a data set, else the nearest; None for segmentation."""
+    if dataset not in SOURCES:
+        return None
+    source = SOURCES[dataset]
+    for name in (dataset, source.like):
+        for recipe in (f"{paper}-{name}", f"dafl-{name}", f"dfad-{name}", name):
+            if recipe in RECIPES and recipe != paper:
+                return recipe
+    return paper
+
+
+def teacher_file(folder: str | Path, dataset: str, model: str, recipe: str | None) -> Path:
+    """Where the best weights of a teacher lie: named after data, network and recipe."""
+    return Path(folder) / ("-".join(filter(None, (dataset, model, recipe))) + ".pt")
+
+
+def save_teacher(best: Path, target: Path) -> str:
+    """Copy a run's best weights to where students look for them; returns a line that says what they replace."""
+    text = f"weights of the best epoch: {target}"
+    if target.exists():
+        try:
+            card = checkpoint.read(target).get("card") or {}
+        except (UsageError, AttributeError):  # damaged, or no teacher: good that it goes
+            card = {}
+        score = card.get("accuracy", card.get("mIoU", math.nan))
+        known = f"{card.get('run', 'a run')}, epoch {card.get('epoch', '?')}, {score:.2f} %" if card else "unknown"
+        text += f", in place of others ({known})"
+    checkpoint.save(checkpoint.read(best), target)
+    return text
+
+
+def weights_of(path: str | Path) -> Path:
+    """A file of weights, or the best ones of a run's folder."""
+    return Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
+
+
+def find_teacher(args, script: str = "teacher_train.py") -> Path:
+    """The teacher's file: --teacher_ckpt, else the recipe's in --checkpoints, else the one that is shipped.
+
+    Raises:
+        UsageError: there is none; it says how to make it.
+    """
+    if args.teacher_ckpt:
+        path = weights_of(args.teacher_ckpt)
+        if not path.exists():
+            raise UsageError(f"teacher {path} does not exist: give --teacher_ckpt the file of its weights")
+        return path
+    if args.dataset == "none":
+        raise UsageError("--dataset none says nothing of the teacher: name its weights with --teacher_ckpt FILE")
+    path = teacher_file(args.checkpoints, args.dataset, args.teacher, args.teacher_recipe)
+    shipped = SHIPPED / path.name
+    if not path.exists() and shipped.exists():
+        return shipped
+    if not path.exists():
+        recipe = f" --recipe {args.teacher_recipe}" if args.teacher_recipe else ""
+        ready = " --pretrained" if args.dataset == "imagenet" and args.teacher in PRETRAINED else ""
+        raise UsageError(
+            f"teacher {path} does not exist: make it with `python {script} --dataset {args.dataset} "
+            f"--model {args.teacher}{recipe}{ready}`, or give --teacher_ckpt FILE"
+        )
+    return path
+
+
+def load_teacher(args, path: Path, content: dict, build: Callable[[str, int, int], nn.Module], data) -> tuple:
+    """The frozen teacher in eval mode, its card, and what a record says of its weights.
+
+    Args:
+        path, content: its file, and what `checkpoint.read` found in it.
+        build: (name, num_classes, channels) -> module. data: with num_classes, channels, img_size, class_names.
+
+    Raises:
+        UsageError: another network, number of classes, image size or other classes than the data's.
+    """
+    teacher = build(args.teacher, data.num_classes, data.channels)
+    checkpoint.load_weights(teacher, content, path, args.teacher)
+    card = checkpoint.card_of(args, content)
+    if card.get("img_size", data.img_size) != data.img_size:
+        raise UsageError(
+            f"teacher {path} was trained on images of {card['img_size']} pixels, not {data.img_size}: "
+            f"give --img_size {card['img_size']}"
+        )
+    known = card.get("class_names")
+    if known and data.name != "none" and list(known) != list(data.class_names):
+        raise UsageError(
+            f"teacher {path} knows the classes {_few(known)} of {card.get('dataset')}, not "
+            f"{_few(data.class_names)} of {args.dataset}: name its own data set (or --attribute), or "
+            "another teacher"
+        )
+    record = {
+        "file": path.name,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        **{k: card.get(k) for k in ("recipe", "run", "epoch")},
+        "card_score": card.get("accuracy", card.get("mIoU")),
+    }
+    return teacher.eval().requires_grad_(False), card, record
+
+
+def _few(names) -> str:
+    return ", ".join(map(str, names[:3])) + (" ..." if len(names) > 3 else "")
+
+
+def fetch(model: str) -> dict[str, torch.Tensor]:
+    """The state dict of `model` in PRETRAINED: downloaded once, by torch.hub.
+
+    Raises:
+        UsageError: it could not be had.
+    """
+    pretrained = PRETRAINED[model]
+    timeout = socket.getdefaulttimeout()
+    try:
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+        return pretrained.get_state_dict(progress=False)
+    except Exception as error:  # whatever urllib, the hub or the disk raise
+        raise UsageError(
+            f"{pretrained} could not be had ({type(error).__name__}): run once with a network, or put "
+            f"{pretrained.url} into {Path(torch.hub.get_dir()) / 'checkpoints'}"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)

@@ -1,0 +1,115 @@
+"""Live curves and images on a visdom server, or in a log that it replays later."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+
+class Visdom:
+    """Curves and image grids on a visdom server, or in a log file to replay on one later.
+
+    Nothing is imported or connected before the first object is made, and a missing package or
+    server costs one line, never the run.
+
+    Args:
+        port: the server's, on this machine.
+        env: the environment to draw in: the run's name.
+        path: the log file.
+        log: function that shows people a line.
+        rows: a resumed run's rows of metrics.csv, with which its curves begin.
+    """
+
+    def __init__(self, port: int, env: str, path: Path, log: Callable[[str], None], rows: Sequence[dict] = ()):
+        self.port, self.env, self.path, self.log = port, env.replace("_", "-"), path, log
+        self.rows, self.client = list(rows), None
+        self.curves, self.pictures, self.in_log = {}, {}, {}
+        try:
+            self.Client = self._client_class()
+        except ImportError:
+            log("visdom is not installed: no live curves (pip install visdom)")
+            return
+        logging.getLogger("visdom").setLevel(logging.CRITICAL)
+        try:
+            self.client = self.Client(port=port, env=self.env, raise_exceptions=True, use_incoming_socket=False)
+            log(f"live curves: http://localhost:{port}/env/{self.env}")
+        except Exception:  # the client raises whatever requests or its sockets do
+            self._go_offline(
+                f"no visdom server answers at port {port} (python -m visdom.server -port {port} starts one)"
+            )
+
+    @staticmethod
+    def _client_class():
+        import visdom
+
+        class Client(visdom.Visdom):
+            def _handle_post(self, url, data=None):
+                # visdom itself would ask a proxy for this machine, wait for ever, and take an
+                # error page for success.
+                self.session.trust_env = False
+                answer = self.session.post(url, data=data, timeout=10)
+                answer.raise_for_status()
+                return answer.text
+
+        return Client
+
+    def _go_offline(self, reason: str) -> None:
+        self.client = self.Client(offline=True, log_to_filename=str(self.path), env=self.env)
+        self.log(f"{reason}: curves go to {self.path}, visdom.Visdom(port={self.port}).replay_log(FILE) shows them")
+        # What a lost server was shown is lost with it.
+        for name in self.curves:
+            self._draw_curve(name)
+        for name in self.pictures:
+            self._draw_images(name)
+
+    def _send(self, draw: Callable[[str], None], name: str) -> None:
+        if self.client is None:
+            return
+        try:
+            draw(name)
+        except Exception:  # a server that went away must not end the run
+            self._go_offline("the visdom server went away")
+
+    def curve(self, name: str, x: int, y: float) -> None:
+        """Append the point (x, y) to the window `name`."""
+        if name not in self.curves:
+            self.curves[name] = [(int(r["epoch"]), float(r[name])) for r in self.rows if r.get(name)]
+        self.curves[name].append((x, y))
+        self._send(self._draw_curve, name)
+
+    def _draw_curve(self, name: str) -> None:
+        # A server gets the whole curve each time: it may hold none of it, or another run's, or
+        # epochs that were run again. A log has what was written, and grows by the new points.
+        start = self.in_log.get(name, 0)
+        points = self.curves[name][start:]
+        # A lone point shows by its marker only; with markers visdom offers no smoothing.
+        self.client.line(
+            [y for _, y in points],
+            [x for x, _ in points],
+            win=name,
+            update="append" if start else None,
+            opts={
+                "title": name if "loss" in name else f"test {name} (%)",
+                "xlabel": "epoch",
+                "markers": len(points) < 30,
+                "markersize": 4,
+            },
+        )
+        if self.client.offline:
+            self.in_log[name] = len(self.curves[name])
+
+    def images(self, name: str, grid: Tensor, title: str) -> None:
+        """Show one picture (C, H, W) in 0..1 in the window `name`."""
+        self.pictures[name] = (grid, title)
+        self._send(self._draw_images, name)
+
+    def _draw_images(self, name: str) -> None:
+        grid, title = self.pictures[name]
+        height, width = grid.shape[1:]
+        scale = 380 / max(height, width)  # about as large as a curve
+        self.client.image(
+            grid.numpy(),
+            win=name,
+            opts={"title": title, "width": round(width * scale), "height": round(height * scale)},
+        )

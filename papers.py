@@ -1,0 +1,283 @@
+"""The home of the published cells: what each says, and the command that runs it.
+
+A cell is a row of results/paper_tables.csv, named after its paper and counted in the table's order ("fast-53"). Its
+command is a script and flags; the script's parser turns them into the run's name and settings. `reproduce.py` runs
+cells, `compare.py` puts the records of runs beside them, and the scripts print what is published for a run.
+"""
+
+import argparse
+import csv
+import difflib
+import functools
+import importlib
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import SOURCES
+from datafree.cli import FREE
+from datafree.errors import UsageError
+from datafree.teachers import recipe_for
+
+TABLES = Path(__file__).resolve().parent / "results" / "paper_tables.csv"
+PAPERS = {"DAFL": "dafl", "DFND": "dfnd", "DFAD": "dfad", "MMRazor DFAD": "mmrazor", "MMRazor DAFL": "mmrazor",
+          "MMRazor ZSKT": "mmrazor", "Fast-Datafree": "fast", "NAYER": "nayer"}  # fmt: skip
+# By how many points a run with a cell's own flags may fall short of its value and still count as reproduced.
+MARGIN = 1.0
+SEGMENTATION = {"CamVid": "camvid", "NYUv2": "nyuv2"}
+# What the papers call the networks; the ImageNet forms go by the same names.
+NETWORKS = {
+    "LeNet-5": "lenet5", "LeNet-5-HALF": "lenet5_half", "HintonNet (2x1200 MLP)": "hintonnet",
+    "2x800 MLP": "hintonnet_half", "AlexNet": "alexnet", "AlexNet-half": "alexnet_half",
+    "ResNet-18 (cifar)": "resnet18", "ResNet-34 (cifar)": "resnet34", "ResNet-18": "resnet18", "ResNet-34": "resnet34",
+    "ResNet-50": "resnet50", "MobileNetv2": "mobilenetv2", "VGG-11": "vgg11", "WRN16-1": "wrn16_1",
+    "WRN16-2": "wrn16_2", "WRN40-1": "wrn40_1", "WRN40-2": "wrn40_2",
+    "DeepLabv3-ResNet-50 (ImageNet)": "deeplabv3_resnet50", "DeepLabv3-MobileNetv2": "deeplabv3_mobilenet",
+}  # fmt: skip
+# Whose recipe trained the teachers where a paper has none of its own.
+TEACHERS_OF = {"dfnd": "dafl", "mmrazor": "fast"}
+SCRATCH = ("Student scratch", "Student", "Scratch")
+# Related and unrelated transfer sets, below --data_root where they are no data set: the tables do not name DFAD's.
+RELATED = {"mnist": "svhn", "cifar10": "cifar100", "cifar100": "cifar10", "caltech101": "stl10",
+           "camvid": "cityscapes", "nyuv2": "sunrgbd"}  # fmt: skip
+UNRELATED = {"mnist": "cifar10", "cifar10": "svhn", "cifar100": "svhn", "caltech101": "celeba",
+             "camvid": "voc2012", "nyuv2": "voc2012"}  # fmt: skip
+DFAD = {"mnist": "DFAD_mnist", "cifar10": "DFAD_cifar", "cifar100": "DFAD_cifar", "caltech101": "DFAD_caltech101",
+        "camvid": "DFAD_camvid_deeplab", "nyuv2": "DFAD_nyu_deeplab"}  # fmt: skip
+# Scripts of one data set, without --dataset.
+OF_ONE = ("DFAD_camvid_deeplab", "DFAD_nyu_deeplab", "datafree_kd_imagenet")
+# Method of Fast-Datafree's tables -> flags of datafree_kd.py.
+FAST = {
+    "DAFL": "--method dafl", "ZSKT": "--method zskt", "DFQ": "--method dfq",
+    "DeepInv-2k": "--method deepinv --g_steps 2000", "CMI-500": "--method cmi --g_steps 500",
+    "Fast-2": "--method fast_meta --g_steps 2", "Fast-5": "--method fast_meta --g_steps 5",
+    "Fast-10": "--method fast_meta --g_steps 10",
+}  # fmt: skip
+NAYER = "NAYER is not built"
+UNKNOWN = "the figure does not say with which settings NAYER's authors ran Fast-Datafree"
+WITHOUT = {
+    "Meta data": "another paper's method (Lopes et al. 2017), which needs the teacher's activation statistics",
+    "PU-compression": "another paper's method (Xu et al. 2019), which needs some of the data",
+    "Generative DFD": "another paper's method (Luo et al. 2020)",
+    "SpaceshipNet": "another paper's method (Yu et al. 2023)",
+    "MAD": "another paper's method (Do et al. 2022)",
+    "(row describes another algorithm, WSLD)": "not data-free: another algorithm's row",
+    **{f"NAYER-{n}": NAYER for n in (100, 200, 300)}, **{f"Fast (FM-{n})": UNKNOWN for n in (100, 200, 300)},
+}  # fmt: skip
+# What makes a run a run of a cell; other flags differ and are named beside its score.
+IDENTITY = ("script", "dataset", "model", "recipe", "pretrained", "teacher", "student", "teacher_recipe", "method",
+            "is_maml", "variant", "transfer_set", "scratch", "alpha", "beta", "selection")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A published value: a row of paper_tables.csv.
+
+    name: paper and number. row: the table's columns. dataset, teacher, student: registry names.
+    script, flags: its command; script is None where there is none, and `reason` says why.
+    training: script and flags of the run that makes its teacher; empty where it has none.
+    """
+
+    name: str
+    row: Mapping[str, str]
+    dataset: str
+    teacher: str
+    student: str
+    script: str | None = None
+    flags: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def paper(self) -> str:
+        return PAPERS[self.row["source"]]
+
+    @property
+    def command(self) -> str | None:
+        return shlex.join(["python", self.script, *self.flags]) if self.script else None
+
+    @property
+    def value(self) -> float | None:
+        """The published score in percent; None where a table says that it failed."""
+        try:
+            return float(self.row["value"]) * (100 if self.row["metric"] == "mIoU" else 1)
+        except ValueError:
+            return None
+
+    @functools.cached_property
+    def args(self) -> dict:
+        """The parsed flags of the command, as a record has them."""
+        return json.loads(json.dumps(vars(parse(self.script, self.flags)), default=str))
+
+    @property
+    def _identity(self) -> list[str]:
+        # Fast-2, -5 and -10 are told apart by their steps alone.
+        return [*IDENTITY, "g_steps"] if self.args.get("method") == "fast_meta" else [*IDENTITY]
+
+    def made(self, flags: Mapping) -> bool:
+        """Whether a run with these flags is one of this cell: of its script, networks and method, of any length."""
+        return bool(self.script) and all(
+            flags[k] == self.args[k] for k in self._identity if k in flags and k in self.args
+        )
+
+    def differences(self, flags: Mapping) -> str:
+        """The flags in which a run of this cell is not the published one, with the published value in brackets."""
+        told = []
+        for key, wanted in self.args.items():
+            if key in FREE or key in self._identity or key == "seed" or key not in flags or flags[key] == wanted:
+                continue
+            got, wanted = _text(flags[key]), _text(wanted)
+            if key != "precision":
+                told.append(f"--{key} {got} ({wanted})")
+            elif wanted != "auto" or " then " in got:
+                told.append(f"{got} ({wanted})")
+        return ", ".join(told)
+
+
+def _text(value) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_text, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "default", True: "on", False: "off"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def parse(script: str, flags: Sequence[str]) -> argparse.Namespace:
+    """What a script's own parser makes of the flags."""
+    return importlib.import_module(script.removesuffix(".py")).parse_args(list(flags))
+
+
+@functools.cache
+def cells() -> tuple[Cell, ...]:
+    """All cells, in the order of paper_tables.csv."""
+    with TABLES.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found, numbers = [], {}
+    for row in rows:
+        paper = PAPERS[row["source"]]
+        numbers[paper] = numbers.get(paper, 0) + 1
+        found.append(_cell(f"{paper}-{numbers[paper]:02}", row, paper))
+    return tuple(found)
+
+
+def _cell(name: str, row: Mapping[str, str], paper: str) -> Cell:
+    method, datasets = row["method"], {source.paper: key for key, source in SOURCES.items()} | SEGMENTATION
+    dataset = datasets[row["dataset"]]
+    teacher, student = (NETWORKS[row[role]] for role in ("teacher", "student"))
+    if row["dataset"] in ("Caltech101", "ImageNet"):
+        teacher, student = (n + "_imagenet" * n.startswith("resnet") for n in (teacher, student))
+    cell = functools.partial(Cell, name, row, dataset, teacher, student)
+    segmentation = dataset in SEGMENTATION.values()
+    if method in WITHOUT:
+        return cell(reason=WITHOUT[method])
+    if segmentation and method == "DAFL":
+        return cell(reason="the paper gives no setting of DAFL for segmentation")
+    recipe = None if segmentation else recipe_for(TEACHERS_OF.get(paper, paper), dataset)
+    training = [f"teacher_train{'_seg' * segmentation}.py", "--dataset", dataset, "--model", teacher]
+    training += ["--recipe", recipe] if recipe else []
+    if method == "Teacher" or method in SCRATCH:
+        training[4] = teacher if method == "Teacher" else student
+        return cell(training[0], tuple(training[1:]))
+    if dataset == "imagenet":
+        training.append("--pretrained")
+    script, *more = _command(paper, dataset, method).split()
+    flags = [] if script in OF_ONE else ["--dataset", dataset]
+    flags += ["--teacher", teacher, "--student", student, *(["--teacher_recipe", recipe] if recipe else []), *more]
+    return cell(f"{script}.py", tuple(flags), tuple(training))
+
+
+def _command(paper: str, dataset: str, method: str) -> str:
+    """The script of a method with a teacher, and its flags but for data and networks."""
+    transfer = {
+        "KD original data": "original", "KD-ORI": "original", "KD": "original --alpha 0.9 --beta 0.1",
+        "Random noise (normal distribution)": "noise", "RANDOM": "noise",
+        "KD alternative data (USPS)": "usps", "KD alternative data (similar)": RELATED.get(dataset),
+        "Places365+KD": "places365", "KD-REL": RELATED.get(dataset), "KD-UNR": UNRELATED.get(dataset),
+    }.get(method)  # fmt: skip
+    if transfer:
+        return f"vanilla_kd{'_seg' * (dataset in SEGMENTATION.values())} --transfer_set {transfer}"
+    if paper == "fast" and method in FAST:
+        return f"datafree_kd {FAST[method]}"
+    if paper == "mmrazor" and method != "ZSKT":
+        return f"{DFAD[dataset] if method == 'DFAD' else 'DAFL_train'} --variant mmrazor"
+    return {
+        "DAFL": "DAFL_train",
+        "ZSKT": "ZSKT_train",
+        # Without the falling rates a published run does not get there; MNIST's script does without.
+        "DFAD": DFAD.get(dataset, "") + " --scheduler" * (dataset != "mnist"),
+        "DFND": "DFND_train --wild imagenet/train",
+        "Random wild images": "DFND_train --wild imagenet/train --selection random",
+        "DeepInversion": "datafree_kd --method deepinv",
+        "Fast-50": "datafree_kd_imagenet",
+    }[method]
+
+
+def find(name: str) -> Cell:
+    """The cell of this name. Raises UsageError if there is none, or it has no command."""
+    known = {cell.name: cell for cell in cells()}
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 3)
+        hint = f", did you mean {' or '.join(close)}?" if close else ":"
+        raise UsageError(f"no cell '{name}'{hint} --list prints all")
+    if known[name].script is None:
+        raise UsageError(f"cell {name} has no command: {known[name].reason}")
+    return known[name]
+
+
+def select(words: Iterable[str]) -> list[Cell]:
+    """The cells for which each of the words key=value[,value...] holds, in the tables' or the registry's names.
+
+    Raises:
+        UsageError: a word is none, or no cell is left.
+    """
+    found = list(cells())
+    for word in words:
+        key, _, values = word.partition("=")
+        if key not in ("paper", "dataset", "teacher", "student", "method") or not values:
+            raise UsageError(f"--select {word}: it takes paper=, dataset=, teacher=, student= or method=NAME[,NAME...]")
+        values = [value.lower() for value in values.split(",")]
+        column = "source" if key == "paper" else key
+        found = [c for c in found if {c.row[column].lower(), getattr(c, key, None)} & {*values}]
+    if not found:
+        raise UsageError(f"no cell has {' '.join(words)}: --list prints all")
+    return found
+
+
+def flags_of(record: Mapping) -> dict:
+    """The flags of a recorded run as it was: by its teacher's own recipe, where known, in its real precision."""
+    flags = {**record["args"], "script": record["script"], "precision": record["precision"]}
+    recipe = (record.get("teacher_weights") or {}).get("recipe")
+    if recipe not in (None, "unknown"):
+        flags |= {"teacher_recipe": recipe, "teacher_ckpt": None}
+    return flags
+
+
+def runs_of(cell: Cell, records: Iterable[Mapping]) -> dict[str, list[Mapping]]:
+    """The records of a cell's runs by how they differ from the published one; the fewest differences first."""
+    found = {}
+    for record in records:
+        if record["dataset"] == cell.dataset and cell.made(flags := flags_of(record)):
+            found.setdefault(cell.differences(flags), []).append(record)
+    return dict(sorted(found.items(), key=lambda item: (item[0].count("("), item[0])))
+
+
+def verdict(cell: Cell, records: Iterable[Mapping], margin: float = MARGIN) -> str:
+    """'reproduced': the mean best score of runs as published is at least the value less the margin.
+
+    'partly': there are runs, but shorter or otherwise different ones, or they fall short. 'not yet': there are none.
+    """
+    runs = runs_of(cell, records)
+    if not runs:
+        return "not yet"
+    best = [r["best"] for r in runs.get("", ())]
+    return "reproduced" if best and cell.value and sum(best) / len(best) >= cell.value - margin else "partly"
+
+
+def published(args: argparse.Namespace) -> list[dict]:
+    """The cells that a script's run with these flags is one of, and the flags in which it differs from them."""
+    flags = json.loads(json.dumps(vars(args), default=str))
+    near = [c for c in cells() if c.script == flags["script"] and c.dataset == flags["dataset"]]
+    return [{"cell": c.name, **{k: c.row[k] for k in ("source", "table", "method")}, "value": c.value,
+             "differs": c.differences(flags)} for c in near if c.made(flags)]  # fmt: skip

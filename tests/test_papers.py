@@ -1,0 +1,333 @@
+"""Each published cell has a command that says what its row says, and reproduce.py runs, lists and checks it."""
+
+import csv
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import papers
+import reproduce
+from datafree.cli import cli
+from datafree.teachers import teacher_file
+
+ROOT = Path(__file__).parent.parent
+CELLS = {cell.name: cell for cell in papers.cells()}
+RUNNABLE = [cell for cell in CELLS.values() if cell.script]
+# fmt: off
+RECIPES = {  # table's source and data set -> how its networks were trained on the data
+    ("DAFL", "MNIST"): dict(recipe="dafl-mnist", optimizer="adam", lr=1e-3, batch_size=256, n_epochs=10),
+    ("DFAD", "MNIST"): dict(recipe="dfad-mnist", optimizer="sgd", lr=0.01, weight_decay=1e-4, batch_size=256),
+    ("DAFL", "CIFAR"): dict(recipe="dafl", optimizer="sgd", lr=0.1, weight_decay=5e-4, batch_size=128,
+                            milestones=[0.4, 0.6], gamma=0.1, n_epochs=200),
+    ("DFAD", "CIFAR"): dict(recipe="dfad", weight_decay=5e-4, batch_size=128, milestones=[0.4, 0.8], gamma=0.1),
+    ("Fast-Datafree", "CIFAR"): dict(recipe="fast", weight_decay=1e-4, batch_size=256, milestones=[0.6, 0.75, 0.9],
+                                     gamma=0.2, n_epochs=200),
+    ("DFAD", "Caltech101"): dict(recipe="dfad-caltech101", batch_size=128, n_epochs=150),
+    ("DAFL", "CelebA"): dict(recipe="celeba"),
+    ("Fast-Datafree", "ImageNet"): dict(recipe="imagenet", n_epochs=90),
+    ("DFAD", "CamVid"): dict(lr=0.1, weight_decay=5e-4, batch_size=16, n_epochs=200),
+    ("DFAD", "NYUv2"): dict(lr=0.05, weight_decay=5e-4, batch_size=16, n_epochs=200),
+}
+METHODS = {  # method, or source and method -> script and what its parsed flags have
+    "KD original data": ("vanilla_kd", dict(transfer_set="original", alpha=1, beta=0)),
+    "KD-ORI": ("vanilla_kd", dict(transfer_set="original")),
+    "KD": ("vanilla_kd", dict(transfer_set="original", alpha=0.9, beta=0.1)),
+    "Random noise (normal distribution)": ("vanilla_kd", dict(transfer_set="noise")),
+    "RANDOM": ("vanilla_kd", dict(transfer_set="noise")),
+    "KD alternative data (USPS)": ("vanilla_kd", dict(transfer_set="usps")),
+    "KD alternative data (similar)": ("vanilla_kd", {}),
+    "KD-REL": ("vanilla_kd", {}),
+    "KD-UNR": ("vanilla_kd", {}),
+    "Places365+KD": ("vanilla_kd", dict(transfer_set="places365")),
+    "Random wild images": ("DFND_train", dict(selection="random", num_select=600_000)),
+    "DFND": ("DFND_train", dict(selection="lowest", num_select=600_000)),
+    "DeepInversion": ("datafree_kd", dict(method="deepinv", g_steps=1000)),
+    "DAFL": ("DAFL_train", dict(variant="dafl")),
+    "DFAD": ("DFAD", {}),
+    ("MMRazor DAFL", "DAFL"): ("DAFL_train", dict(variant="mmrazor", batch_size=2048, T=6, n_epochs=250)),
+    ("MMRazor DFAD", "DFAD"): ("DFAD", dict(variant="mmrazor", batch_size=256)),
+    ("MMRazor ZSKT", "ZSKT"): ("ZSKT_train", dict(batch_size=128)),
+    ("Fast-Datafree", "DAFL"): ("datafree_kd", dict(method="dafl", act=0.001, balance=20, kd_steps=5, n_epochs=200)),
+    "ZSKT": ("datafree_kd", dict(method="zskt", adv=1, kd_steps=5, n_epochs=200)),
+    "DFQ": ("datafree_kd", dict(method="dfq", adv=1, bn=1, balance=20, kd_steps=10, n_epochs=200)),
+    "DeepInv-2k": ("datafree_kd", dict(method="deepinv", g_steps=2000, bn=10, oh=1)),
+    "CMI-500": ("datafree_kd", dict(method="cmi", g_steps=500, cr=0.8, n_epochs=200)),
+    "Fast-2": ("datafree_kd", dict(method="fast_meta", g_steps=2, n_epochs=220, lr_z=0.015, lr_g=5e-3)),
+    "Fast-5": ("datafree_kd", dict(method="fast_meta", g_steps=5, n_epochs=220, lr_z=0.01, lr_g=3e-3)),
+    "Fast-10": ("datafree_kd", dict(method="fast_meta", g_steps=10, n_epochs=220, lr_z=0.01, lr_g=2e-3)),
+    "Fast-50": ("datafree_kd_imagenet", dict(g_steps=50)),
+}
+DFAD = {"MNIST": "DFAD_mnist", "CIFAR-10": "DFAD_cifar", "CIFAR-100": "DFAD_cifar", "Caltech101": "DFAD_caltech101",
+        "CamVid": "DFAD_camvid_deeplab", "NYUv2": "DFAD_nyu_deeplab"}
+FAST = {"ResNet-34": (1.33, 0.5), "VGG-11": (1.0, 0.5), "WRN40-2": (1.1, 0.4)}  # teacher -> adv, oh of Fast-N
+WITHOUT = {"Meta data", "PU-compression", "Generative DFD", "SpaceshipNet", "MAD", "NAYER-100", "NAYER-200",
+           "NAYER-300", "Fast (FM-100)", "Fast (FM-200)", "Fast (FM-300)", "(row describes another algorithm, WSLD)"}
+NAMES = {"LeNet-5": "lenet5", "LeNet-5-HALF": "lenet5_half", "HintonNet (2x1200 MLP)": "hintonnet",
+         "2x800 MLP": "hintonnet_half", "VGG-11": "vgg11", "DeepLabv3-ResNet-50 (ImageNet)": "deeplabv3_resnet50",
+         "DeepLabv3-MobileNetv2": "deeplabv3_mobilenet"}
+# fmt: on
+
+
+def has(args, wanted):
+    assert {k: args[k] for k in wanted} == wanted
+
+
+def recipe_of(row):
+    source = {"DFND": "DAFL"}.get(row["source"], "Fast-Datafree" if "MMRazor" in row["source"] else row["source"])
+    return RECIPES[source, row["dataset"].split("-")[0]]
+
+
+def test_every_row_is_a_cell_and_those_without_a_command_say_why():
+    with (ROOT / "results" / "paper_tables.csv").open(newline="") as file:
+        assert [c.row for c in CELLS.values()] == list(csv.DictReader(file))
+    assert len(CELLS) == 220
+    for cell in CELLS.values():
+        method, seg = cell.row["method"], cell.row["dataset"] in ("CamVid", "NYUv2")
+        assert (cell.script is None) == (method in WITHOUT or seg and method == "DAFL"), cell.name
+        assert bool(cell.reason) == (cell.script is None) == (cell.command is None)
+    assert (CELLS["mmrazor-03"].value, CELLS["mmrazor-04"].value, CELLS["mmrazor-01"].value) == (93.27, 93.05, 92.8)
+    assert CELLS["dfad-24"].value is None and CELLS["dfad-41"].value == 53.5
+
+
+@pytest.mark.parametrize("cell", RUNNABLE, ids=lambda cell: cell.name)
+def test_a_command_says_what_its_row_says(cell):
+    row, args, seg = cell.row, cell.args, cell.row["dataset"] in ("CamVid", "NYUv2")
+    method, large = row["method"], row["dataset"] in ("Caltech101", "ImageNet")
+    assert args["dataset"].replace("-", "") == row["dataset"].lower().replace("-", "")
+    names = {}
+    for role in ("teacher", "student"):
+        name = NAMES.get(row[role], row[role].lower().replace("-", "_").split(" (")[0])
+        names[role] = name.replace("resnet_", "resnet") + "_imagenet" * (large and name.startswith("resnet"))
+    if method in ("Teacher", "Student scratch", "Student", "Scratch"):
+        assert cell.script == f"teacher_train{'_seg' * seg}.py" and not cell.training
+        has(args, recipe_of(row) | dict(model=names["teacher" if method == "Teacher" else "student"]))
+        return
+    script, wanted = METHODS.get((row["source"], method)) or METHODS[method]
+    script = DFAD[row["dataset"]] if script == "DFAD" else script + "_seg" * seg
+    assert cell.script == f"{script}.py"
+    has(args, wanted | names | dict(teacher_recipe=recipe_of(row).get("recipe")))
+    training = vars(papers.parse(cell.training[0], cell.training[1:]))
+    length = dict(n_epochs=1) if row["dataset"] == "ImageNet" else {}  # torchvision's weights, which are tested once
+    has(training, recipe_of(row) | length | dict(dataset=args["dataset"], model=names["teacher"]))
+    if script.startswith("DFAD"):
+        assert args["scheduler"] == (row["dataset"] != "MNIST")
+    if method in ("Fast-2", "Fast-5", "Fast-10"):
+        adv, oh = FAST[row["teacher"]]
+        has(args, dict(adv=adv, oh=oh, bn=10, bn_mmt=0.9, T=20, warmup=20, batch_size=256, lr=0.2, is_maml=1))
+    if method in ("KD-REL", "KD-UNR", "KD alternative data (similar)"):
+        assert args["transfer_set"] not in ("original", "noise", args["dataset"])
+
+
+def test_runs_and_teachers_have_places_of_their_own():
+    folders, files = {}, {}
+    for cell in RUNNABLE:
+        folders.setdefault(cell.args["run_name"], set()).add(cell.command)
+        for script, *flags in filter(None, (cell.training, (cell.script, *cell.flags) if not cell.training else ())):
+            args = papers.parse(script, flags)
+            file = teacher_file("", args.dataset, args.model, getattr(args, "recipe", None))
+            files.setdefault(file.name, set()).add(shlex.join([script, *flags]))
+    assert {name for name, commands in folders.items() if len(commands) > 1} == set()
+    # torchvision's ResNet-50 takes the place of one that is trained on ImageNet.
+    assert {f for f, commands in files.items() if len(commands) > 1} <= {"imagenet-resnet50_imagenet-imagenet.pt"}
+
+
+def published(script, *flags):
+    return {c["cell"]: c["differs"] for c in papers.published(papers.parse(script, flags))}
+
+
+def test_what_is_published_for_a_run():
+    pair = ("--dataset", "cifar10", "--teacher", "wrn40_2", "--student", "wrn16_1")
+    fast = ("datafree_kd.py", *pair, "--method")
+    assert published(*fast, "fast", "--g_steps", "10") == {}
+    assert published(*fast, "fast_meta", "--g_steps", "10") == {"fast-53": ""}
+    assert published(*fast, "fast_meta", "--g_steps", "7") == {}
+    assert published(*fast, "fast_meta", "--g_steps", "5", "--seed", "3", "--out", "x") == {"fast-48": ""}
+    assert published(*fast, "fast_meta", "--n_epochs", "3", "--warmup", "1") == {
+        "fast-53": "--n_epochs 3 (220), --warmup 1 (20)"
+    }
+    assert published(*fast, "deepinv", "--g_steps", "2000") == {"fast-18": ""}
+    assert published(*fast, "deepinv", "--g_steps", "1000") == {"fast-18": "--g_steps 1000 (2000)"}
+    (cell,) = papers.published(papers.parse("DAFL_train.py", ["--dataset", "mnist"]))
+    assert (cell["cell"], cell["source"], cell["table"], cell["value"]) == ("dafl-13", "DAFL", "Table 1", 98.2)
+    assert published("DAFL_train.py", "--dataset", "mnist", "--precision", "bf16") == {"dafl-13": "bf16 (fp32)"}
+    assert published("DAFL_train.py", "--dataset", "mnist", "--teacher_recipe", "dfad-mnist") == {"dfad-21": ""}
+    assert published("DAFL_train.py", "--dataset", "digits") == {}
+
+
+def record(name, **changes):
+    """What a run of a cell leaves: flags, or facts, with other values where `changes` says."""
+    cell = CELLS[name]
+    args = cell.args | {k: v for k, v in changes.items() if k in cell.args}
+    facts = dict(
+        name=f"run-{args['seed']}", script=cell.script, score="Acc@1", last=97.0, best=98.0, best_epoch=1, epochs=200,
+        mean=90.0, variance=4.0, method=cell.row["method"], dataset=args["dataset"], seconds=120.0,
+        teacher_accuracy=99.0, standard_error=0.1, hardware="a machine", commit="0", seed=args["seed"],
+        precision="fp32", command=cell.command, pieces=None,
+    )  # fmt: skip
+    return facts | {k: v for k, v in changes.items() if k in facts or k not in args} | {"args": args}
+
+
+def test_records_are_runs_of_cells():
+    cell = CELLS["dafl-13"]
+    same, short = record("dafl-13", seed=1), record("dafl-13", n_epochs=50)
+    mixed = record("dafl-13", precision="auto") | {"precision": "fp32 then bf16"}
+    other = record("dafl-13", teacher_weights={"file": "x.pt", "recipe": "dfad-mnist"}, teacher_ckpt="x.pt")
+    own = record("dafl-13", teacher_weights={"file": "x.pt", "recipe": "dafl-mnist"}, teacher_ckpt="x.pt")
+    found = papers.runs_of(cell, [short, mixed, other, same, own])
+    assert found == {"": [same, own], "--n_epochs 50 (200)": [short], "fp32 then bf16 (fp32)": [mixed]}
+    assert list(found)[0] == ""
+    assert papers.runs_of(CELLS["dfad-21"], [other]) == {"": [other]}
+
+
+def test_verdicts():
+    cell = CELLS["dafl-13"]  # 98.20
+    full, low = record("dafl-13", best=97.3), record("dafl-13", best=97.0, seed=1)
+    short = record("dafl-13", best=99.0, n_epochs=50)
+    assert papers.verdict(cell, []) == "not yet"
+    assert papers.verdict(cell, [full]) == papers.verdict(cell, [full, short]) == "reproduced"
+    assert papers.verdict(cell, [full, low]) == papers.verdict(cell, [low]) == papers.verdict(cell, [short]) == "partly"
+    assert papers.verdict(cell, [low], margin=1.5) == "reproduced"
+
+
+# reproduce.py
+
+
+def run(*argv):
+    return reproduce.main(reproduce.parse_args([str(a) for a in argv]))
+
+
+def code(*argv):
+    with pytest.raises(SystemExit) as stop:
+        cli(reproduce.main, lambda: reproduce.parse_args([str(a) for a in argv]))
+    return stop.value.code
+
+
+def test_list_and_missing(capsys, tmp_path):
+    run("--list")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" ")[0] for line in lines if line.split(" ")[0] in CELLS] == list(CELLS)
+    (tmp_path / "a.json").write_text(json.dumps(record("dafl-13")))
+    run("--missing", "--results", tmp_path, "--out", tmp_path / "none")
+    missing = {line.split(" ")[0] for line in capsys.readouterr().out.splitlines()} & {*CELLS}
+    assert missing == {c.name for c in RUNNABLE} - {"dafl-13"}
+
+
+def test_commands_teacher_first_and_flags_for_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce.subprocess, "run", None)
+    weights, where = tmp_path / "weights", ("--data_root", "elsewhere", "--gpu", "1", "--out", "o")
+    flags = ("dafl-13", "--dry-run", "--n_epochs=5", *where, "--checkpoints", weights)
+    teacher, student = run(*flags)
+    assert teacher[:5] == ["teacher_train.py", "--dataset", "mnist", "--model", "lenet5"]
+    assert student[0] == "DAFL_train.py" and "--n_epochs=5" in student and "--n_epochs=5" not in teacher
+    for command in (teacher, student):
+        args = papers.parse(command[0], command[1:])
+        assert (args.data_root, args.gpu, args.out, args.resume) == ("elsewhere", 1, "o", True)
+        assert args.checkpoints == str(weights)
+    weights.mkdir()
+    (weights / "mnist-lenet5-dafl-mnist.pt").touch()
+    assert run(*flags) == [student]
+    seeds = run(*flags, "--seeds", 3)
+    names = [papers.parse(command[0], command[1:]).run_name for command in seeds]
+    assert len({*names}) == 3 and [papers.parse(c[0], c[1:]).seed for c in seeds] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("cell", {c.script: c for c in RUNNABLE}.values(), ids=lambda cell: cell.script)
+def test_every_script_is_told_where_the_data_are(cell):
+    for command in run(cell.name, "--dry-run", "--data_root", "elsewhere"):
+        assert papers.parse(command[0], command[1:]).data_root == "elsewhere"
+
+
+def test_without_images_the_teacher_is_named(tmp_path, monkeypatch):
+    where = ("--dry-run", "--dataset", "none", "--checkpoints", tmp_path)
+    file = tmp_path / "cifar10-wrn40_2-fast.pt"
+    training, command = run("fast-53", *where)
+    assert training[0] == "teacher_train.py"
+    file.touch()
+    assert run("fast-53", *where) == [command]
+    args = papers.parse(command[0], command[1:])
+    assert (args.dataset, args.teacher_ckpt) == ("none", str(file)) and papers.published(args) == []
+    monkeypatch.setattr(reproduce, "SHIPPED", tmp_path)
+    (command,) = run("fast-53", "--dry-run", "--dataset=none", "--checkpoints", tmp_path / "other")
+    assert papers.parse(command[0], command[1:]).teacher_ckpt == str(file)
+
+
+def test_cells_by_their_columns():
+    one = ["dataset=cifar10", "method=Fast-5,Fast-10", "teacher=WRN40-2", "student=wrn16_1", "paper=fast"]
+    assert [c.name for c in papers.select(one)] == ["fast-48", "fast-53"]
+    assert [command[0] for command in run("--select", *one, "--dry-run", "--n_epochs", "30")] == [
+        "teacher_train.py", "datafree_kd.py", "datafree_kd.py"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "cells"),
+    [
+        ("fast_cifar.sh", "cifar10 wrn40_2-wrn16_1 10 --n_epochs 1", ["fast-53"]),
+        ("fast_cifar.sh", "vgg11-resnet18 2", ["fast-42", "fast-97"]),
+        ("cmi_cifar.sh", "cifar10 wrn40_2-wrn16_1", ["fast-23"]),
+        ("deepinv_cifar.sh", "cifar10 wrn40_2-wrn16_1", ["fast-18"]),
+        ("dafl_cifar.sh", "cifar10 wrn40_2-wrn16_1", ["fast-28"]),
+        ("zskt_cifar.sh", "cifar10 wrn40_2-wrn16_1", ["fast-33"]),
+        ("dfq_cifar.sh", "cifar10 wrn40_2-wrn16_1", ["fast-38"]),
+        ("dfad_cifar.sh", "", ["dfad-26", "dfad-27"]),
+        ("dfad_mnist.sh", "--seeds 3", ["dfad-25"]),
+        ("reproduce.sh", "dafl-13 --seeds 3", ["dafl-13"]),
+    ],
+)
+def test_shell_scripts_name_cells(script, words, cells, tmp_path):
+    (tmp_path / "scripts").mkdir()
+    for name in (script, "cifar_rows.sh"):
+        (tmp_path / "scripts" / name).write_text((ROOT / "scripts" / name).read_text())
+    (tmp_path / "scripts" / "setup.sh").write_text("setup() { PY=echo; }\n")
+    end = subprocess.run(["bash", tmp_path / "scripts" / script, *words.split()], capture_output=True, text=True)
+    name, *argv = shlex.split(end.stdout)
+    assert name == "reproduce.py" and end.returncode == 0
+    args = reproduce.parse_args(argv)
+    assert [c.name for c in reproduce.chosen(args)] == cells
+    assert args.flags == (["--n_epochs", "1"] if "--n_epochs" in words else [])
+    assert args.seeds == (3 if "--seeds" in words else 1)
+
+
+def test_check(tmp_path, capsys):
+    def checked(*argv):
+        return code(*argv, "--check", "--results", tmp_path, "--out", tmp_path / "none")
+
+    (tmp_path / "a.json").write_text(json.dumps(record("dafl-13", best=97.5)))
+    (tmp_path / "b.json").write_text(json.dumps(record("dfad-25", best=90.0)))
+    assert run("dafl-13", "--check", "--results", tmp_path, "--out", tmp_path / "none") == []
+    assert "dafl-13: reproduced, published 98.20\n  best 97.50" in capsys.readouterr().out
+    assert checked("dafl-13", "--margin", "0.5") == 1
+    assert checked("dfad-25") == checked("dafl-13", "dfad-25") == checked("dafl-14") == 1
+    assert "dfad-25: partly" in capsys.readouterr().out
+    assert checked("no-such") == checked("dafl-13", "--n_epochs", "5") == 2
+    (tmp_path / "a.json").write_text("{")
+    assert checked("dafl-13") == 2
+
+
+def test_exit_codes_of_runs(monkeypatch, tmp_path):
+    ended, calls = type("Ended", (), {"returncode": 0}), []
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda command: calls.append(command) or ended)
+    flags = ("dafl-13", "--checkpoints", tmp_path)
+    assert len(run(*flags, "--time_limit", "1000")) == len(calls) == 2
+    assert all(float(command[-1]) < 1000 and command[-2] == "--time_limit" for command in calls)
+    for ended.returncode in (75, 2):
+        calls.clear()
+        assert code(*flags) == ended.returncode and len(calls) == 1
+    calls.clear()
+    assert code(*flags, "--time_limit", "1e-9") == 75 and not calls
+
+
+def test_mistakes(refused):
+    assert "did you mean dafl-1" in refused(reproduce, "dafl-133")
+    assert "has no command: another paper's method" in refused(reproduce, "dafl-11")
+    assert "no command for nayer-01" in refused(reproduce, "--select", "paper=nayer")
+    assert "name a cell" in refused(reproduce)
+    assert "for running a cell: --n_epochs 3" in refused(reproduce, "--list", "--n_epochs", "3")
+    assert "no cell has method=none" in refused(reproduce, "--select", "method=none")
+    assert "it takes paper=" in refused(reproduce, "--select", "models=none")
+    assert "is of mnist, not digits" in refused(reproduce, "dafl-13", "--dry-run", "--dataset", "digits")
+    assert "unrecognized arguments: --wrong" in refused(reproduce, "dafl-13", "--dry-run", "--wrong", "1")
+    assert "exclude each other" in refused(reproduce, "dafl-13", "--seeds", "2", "--seed=1")

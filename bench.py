@@ -43,7 +43,7 @@ import DFAD_cifar
 import DFAD_mnist
 from data import SOURCES
 from datafree.augment import Transform
-from datafree.cli import Parser, batch, cli, count, number
+from datafree.cli import DEVICE, Parser, batch, cli, count, number
 from datafree.fold import fold_batch_norm
 from datafree.losses import activation_loss, information_entropy_loss, kd_loss, one_hot_loss
 from datafree.pool import ImagePool
@@ -63,7 +63,7 @@ def parse_args(argv=None):
     p.add_argument("--steps", type=count, default=4, help=text)
     p.add_argument("--repeats", type=number(int, 2), default=5, help="blocks of each way (default: %(default)s)")
     p.add_argument("--json", metavar="FILE", help="write the figures there too")
-    p.add_device()
+    p.add(*DEVICE)
     args = p.parse_args(argv)
     args.batch_size = args.batch_size or (512 if args.setting.endswith("mnist") else 256)
     return args

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import DFND_train
 from data import SOURCES, get_wild
 from datafree.augment import Transform
-from datafree.cli import Parser, cli, count
+from datafree.cli import DEVICE, Parser, cli, count
 from datafree.fold import fold_batch_norm
 from datafree.runtime import device_name, setup
 from models import MODELS, get_model
@@ -37,7 +37,7 @@ def parse_args(argv=None):
     text = f"one of {', '.join(sorted(MODELS))} (default: %(default)s)"
     p.add_argument("--teacher", choices=sorted(MODELS), default="lenet5", metavar="NAME", help=text)
     p.add_argument("--json", metavar="FILE", help="write the figures there too")
-    p.add_device()
+    p.add(*DEVICE)
     return p.parse_args(argv)
 
 

@@ -390,7 +390,7 @@ def main(args):
         readme = ROOT / "README.md"
         readme.write_text(with_verdicts(readme.read_text(), rows))
         return rows
-    part = {k: v for k in ("dataset", "method") if (v := getattr(args, k))}
+    part = {k: v for k, v in (("dataset", args.dataset), ("method", args.method)) if v}
     for key, value in part.items():
         if value not in (known := sorted({r[key] for r in rows})):
             raise UsageError(f"no {key} '{value}' in the tables; they have: {', '.join(known)}")

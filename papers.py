@@ -176,12 +176,11 @@ def _cell(name: str, row: Mapping[str, str], paper: str) -> Cell:
         return cell(reason="the paper gives no setting of DAFL for segmentation")
     recipe = None if segmentation else recipe_for(TEACHERS_OF.get(paper, paper), dataset)
     training = [f"teacher_train{'_seg' * segmentation}.py", "--dataset", dataset, "--model", teacher]
-    training += ["--recipe", recipe] if recipe else []
     if method == "Teacher" or method in SCRATCH:
         training[4] = teacher if method == "Teacher" else student
-        return cell(training[0], tuple(training[1:]))
-    if dataset == "imagenet":
-        training.append("--pretrained")
+        trained = "imagenet" if recipe == "torchvision" else recipe
+        return cell(training[0], (*training[1:], *(["--recipe", trained] if trained else [])))
+    training += ["--pretrained"] if recipe == "torchvision" else ["--recipe", recipe] if recipe else []
     script, *more = _command(paper, dataset, method).split()
     flags = [] if script in OF_ONE else ["--dataset", dataset]
     flags += ["--teacher", teacher, "--student", student, *(["--teacher_recipe", recipe] if recipe else []), *more]

@@ -36,6 +36,7 @@ import papers
 from data import SOURCES
 from datafree import checkpoint
 from datafree.cli import Parser, cli, describe_presets
+from datafree.run import run_folder
 from datafree.runtime import cosine_at, lr_at, make_optimizer, set_lr
 from datafree.session import Session
 from datafree.teachers import PRETRAINED, RECIPES, fetch, recipe_for, save_teacher, teacher_file
@@ -62,7 +63,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     args.model = args.model or SOURCES[args.dataset].pair[0]
     paper = "dafl" if args.model in ("resnet18", "resnet34", "resnet50") else "fast"
-    args.recipe = args.recipe or recipe_for(paper, args.dataset)
+    args.recipe = args.recipe or ("imagenet" if args.dataset == "imagenet" else recipe_for(paper, args.dataset))
     preset = RECIPES[args.recipe]
     if args.pretrained:
         if args.dataset != "imagenet" or args.recipe != "imagenet" or args.model not in PRETRAINED:
@@ -70,7 +71,7 @@ def parse_args(argv=None):
         for flag in preset:
             if getattr(args, flag) is not None:
                 p.error(f"--pretrained trains nothing: leave --{flag} out")
-        preset = preset | dict(n_epochs=1)
+        args.recipe, preset = "torchvision", preset | dict(n_epochs=1)
     return p.complete(args, preset, words=[args.recipe], named=["recipe"])
 
 
@@ -100,7 +101,10 @@ def train_epoch(s: Session, optimizer: Optimizer, batches: Iterable) -> dict[str
 def main(args):
     """Train or evaluate; returns the content of result.json."""
     s = Session(args, papers.published(args), train=not args.pretrained, taught=False)
+    target = teacher_file(args.checkpoints, args.dataset, args.model, args.recipe)
     if s.result:
+        if not args.evaluate_only and not target.exists():
+            print(save_teacher(run_folder(args) / "best.pt", target))
         return s.result
     s.card["recipe"] = args.recipe
     if args.pretrained:
@@ -117,7 +121,6 @@ def main(args):
     for epoch in s.epochs(len(batches), args.batch_size):
         set_lr(optimizer, lr_of(epoch, args))
         s.record(train_epoch(s, optimizer, batches) if batches else {})
-    target = teacher_file(args.checkpoints, args.dataset, args.model, args.recipe)
     s.run.log(save_teacher(s.run.best, target))
     return s.finish(method="Teacher", model=args.model, recipe=args.recipe, weights=str(target))
 

@@ -20,30 +20,13 @@ from models import MODELS, agree_on_size
 
 STARTED = time.monotonic()
 # Flags that do not change what a run computes: they are not in its name, and may differ on --resume.
+# fmt: off
 FREE = {
-    "resume",
-    "out",
-    "tag",
-    "data_root",
-    "wild_root",
-    "transfer_root",
-    "checkpoints",
-    "device",
-    "gpu",
-    "visdom",
-    "evaluate_only",
-    "ckpt",
-    "export_images",
-    "save_dir",
-    "pool_size",
-    "memory",
-    "sample_every",
-    "save_img",
-    "time_limit",
-    "script",
-    "run_name",
-    "command",
+    "resume", "out", "tag", "data_root", "wild_root", "transfer_root", "checkpoints", "device", "gpu", "visdom",
+    "evaluate_only", "ckpt", "export_images", "save_dir", "pool_size", "memory", "sample_every", "save_img",
+    "time_limit", "script", "run_name", "any_teacher", "command",
 }
+# fmt: on
 
 
 def number(kind: type, low: float, high: float | None = None, above: bool = False) -> Callable:
@@ -65,41 +48,67 @@ def number(kind: type, low: float, high: float | None = None, above: bool = Fals
 count, positive, weight = number(int, 1), number(float, 0, above=True), number(float, 0)
 batch, fraction, switch = number(int, 2), number(float, 0, 1), dict(type=int, choices=(0, 1))
 fractions = dict(type=fraction, nargs="*", metavar="FRACTION")
+# fmt: off
 # The type of every flag that a recipe sets, by its name; what is not here is a weight of a loss.
 TYPES = {
-    **dict.fromkeys(("batch_size", "synthesis_batch_size", "num_select"), batch),
-    **dict.fromkeys(
-        (
-            "n_epochs",
-            "epoch_itrs",
-            "iterations",
-            "k",
-            "ep_steps",
-            "kd_steps",
-            "g_steps",
-            "z_rounds",
-            "nz",
-            "ngf",
-            "bank_size",
-            "n_neg",
-            "head_dim",
-        ),
-        count,
-    ),
-    **dict.fromkeys(
-        ("lr", "lr_S", "lr_G", "lr_Q", "lr_g", "lr_z", "meta_lr_g", "meta_lr_z", "T", "cr_T", "reptile_factor"),
-        positive,
-    ),
-    **dict.fromkeys(("warmup", "phase1_rounds"), number(int, 0)),
-    **dict.fromkeys(("bn_mmt", "gamma"), fraction),
-    **dict.fromkeys(("is_maml", "reset_l0", "reset_bn"), switch),
-    **dict.fromkeys(("optimizer", "optimizer_S"), dict(choices=("adam", "adamw", "sgd"))),
+    **dict.fromkeys("batch_size synthesis_batch_size num_select".split(), batch),
+    **dict.fromkeys("n_epochs epoch_itrs iterations k ep_steps kd_steps g_steps z_rounds nz ngf bank_size n_neg "
+                    "head_dim".split(), count),
+    **dict.fromkeys("lr lr_S lr_G lr_Q lr_g lr_z meta_lr_g meta_lr_z T cr_T reptile_factor".split(), positive),
+    **dict.fromkeys("warmup phase1_rounds".split(), number(int, 0)),
+    **dict.fromkeys("bn_mmt gamma".split(), fraction),
+    **dict.fromkeys("is_maml reset_l0 reset_bn".split(), switch),
+    **dict.fromkeys("optimizer optimizer_S".split(), dict(choices=("adam", "adamw", "sgd"))),
     "optimizer_G": dict(choices=("adam", "adamw")),
     "milestones": fractions,
     "crop": number(int, 32, 256),
     "schedule": dict(choices=("steps", "cosine")),
 }
 ALIASES = {"n_epochs": "--epochs", "nz": "--latent_dim"}
+# The flags that every training script has: names, help, and what else argparse is told.
+DEVICE = (
+    ("--seed", "(default: 0)", dict(type=number(int, 0, 2**63 - 1), default=0)),
+    ("--device", "auto takes a GPU if there is one (default: auto)",
+     dict(choices=("auto", "cpu", "cuda"), default="auto")),
+    ("--gpu", "the same as --device cuda on GPU number N", dict(type=number(int, 0), metavar="N")),
+    ("--precision", "auto takes bfloat16 autocast where the hardware has it; fp32 is float32 throughout, without TF32 "
+     "(default: the preset's, else auto)", dict(choices=("auto", "fp32", "bf16"))),
+)
+FOLDER = dict(metavar="DIR")
+STATISTIC = dict(type=fraction, nargs="+", metavar="X")
+RUN = (
+    ("--data_root --data", "where data sets are, and are downloaded to (default: %(default)s)",
+     FOLDER | dict(default="./datasets")),
+    ("--mean", "the mean of each channel, of pixels in 0..1 (default: the teacher file's, else the data's)", STATISTIC),
+    ("--std", "the standard deviation of each channel, likewise", STATISTIC),
+    ("--out --output_dir", "parent of the run folders, whose names follow from the flags (default: %(default)s)",
+     FOLDER | dict(default="./runs")),
+    ("--tag --log_tag", "suffix of the run folder's name", dict(default="")),
+    ("--resume", "continue the run's last checkpoint, if there is one; without it, an earlier run of the same name is "
+     "set aside as NAME.1, NAME.2 ...", dict(action="store_true")),
+    ("--time_limit", "stop with a checkpoint before so many minutes have passed, exit code 75; --resume goes on",
+     dict(type=positive, metavar="MINUTES")),
+    ("--evaluate_only --test_only", "score the run's best checkpoint (or --ckpt) and stop", dict(action="store_true")),
+    ("--ckpt", "weights for --evaluate_only", dict(metavar="FILE")),
+    ("--sample_every", "write a grid of images each N epochs, 0 for never (default: %(default)s)",
+     dict(type=number(int, 0), default=10, metavar="N")),
+    ("--visdom", "live curves and images on a visdom server at this port (15550 if none is given); without a server, a "
+     "log to replay later", dict(type=number(int, 1, 65535), nargs="?", const=15550, metavar="PORT")),
+    *DEVICE,
+)
+TEACHER = (
+    ("--teacher_ckpt --teacher_dir", "the teacher's weights: a file, or a run folder (default: "
+     "<dataset>-<teacher>-<recipe>.pt in --checkpoints or pretrained/)", dict(metavar="FILE")),
+    ("--teacher_recipe", "the recipe that made them (default: the paper's, else the only one that is there)",
+     dict(metavar="NAME")),
+)
+CHECKPOINTS = ("--checkpoints", "where teachers' weights are (default: %(default)s)",
+               FOLDER | dict(default="./checkpoints"))
+NONE = (
+    ("--num_classes", "with --dataset none (default: the teacher file's)", dict(type=count)),
+    ("--channels", "with --dataset none (default: the teacher file's, else 3)", dict(type=int, choices=(1, 3))),
+)
+# fmt: on
 
 
 class Parser(argparse.ArgumentParser):
@@ -118,49 +127,31 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
+    def add(self, *rows: tuple[str, str, dict], group: argparse._ActionsContainer | None = None) -> None:
+        """Flags of a table: names, help, and what else argparse is told."""
+        for names, text, options in rows:
+            (group or self).add_argument(*names.split(), help=text, **options)
+
     def add_dataset(self, default: str = "digits", none: bool = True) -> None:
         """The data set whose test images score the student; `none`: also without any."""
-        text = "the teacher's data set; only its test images are used" if none else "the data set"
-        if none:
-            text += (
-                "; none: no images at all, the score is the agreement with the teacher on synthetic images "
-                "that the student has not seen"
-            )
+        text = "the teacher's data set; only its test images are used; none: no images at all, the score is the "
+        text += "agreement with the teacher on synthetic images that the student has not seen"
+        text = f"{text if none else 'the data set'} (default: %(default)s)"
         choices = TEST_SETS() if none else tuple(DATASETS)
-        self.add_argument("--dataset", choices=choices, default=default, help=f"{text} (default: %(default)s)")
-        self.add_argument("--img_size", type=number(int, 8), help="(default: the network's or the data's)")
-        self.add_argument("--attribute", help="CelebA: the attribute (default: the most balanced)")
-        if none:
-            self.add_argument("--num_classes", type=count, help="with --dataset none (default: the teacher file's)")
-            text = "with --dataset none (default: the teacher file's, else 3)"
-            self.add_argument("--channels", type=int, choices=(1, 3), help=text)
+        self.add(
+            ("--dataset", text, dict(choices=choices, default=default)),
+            ("--img_size", "(default: the network's or the data's)", dict(type=number(int, 8))),
+            ("--attribute", "CelebA: the attribute (default: the most balanced)", {}),
+            *(NONE if none else ()),
+        )
 
     def add_networks(self, models: Mapping = MODELS, roles: Sequence[str] = ("teacher", "student")) -> None:
         """The networks by registry name, and where the teacher's weights are."""
         names = ", ".join(sorted(models))
         for role in roles:
-            text = f"one of {names}" if role == roles[0] else "the same names"
-            self.add_argument(
-                f"--{role}", choices=sorted(models), metavar="NAME", help=f"{text} (default: the data set's, see above)"
-            )
-        if "teacher" in roles:
-            self.add_argument(
-                "--teacher_ckpt",
-                "--teacher_dir",
-                metavar="FILE",
-                help="the teacher's weights: a file, "
-                "or a run folder (default: <dataset>-<teacher>-<recipe>.pt in --checkpoints or "
-                "pretrained/)",
-            )
-            self.add_argument(
-                "--teacher_recipe", metavar="NAME", help="the recipe that made them (default: the paper's)"
-            )
-        self.add_argument(
-            "--checkpoints",
-            default="./checkpoints",
-            metavar="DIR",
-            help="where teachers' weights are (default: %(default)s)",
-        )
+            text = f"{f'one of {names}' if role == roles[0] else 'the same names'} (default: the data set's, see above)"
+            self.add((f"--{role}", text, dict(choices=sorted(models), metavar="NAME")))
+        self.add(*(TEACHER if "teacher" in roles else ()), CHECKPOINTS)
 
     def add_recipe(self, **flags: str) -> None:
         """Flags of the recipe, name -> help; left out, each is the preset's."""
@@ -173,86 +164,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_run(self) -> None:
         """The flags that every training script has."""
-        group = self.add_argument_group("run")
-        add = group.add_argument
-        add(
-            "--data_root",
-            "--data",
-            default="./datasets",
-            metavar="DIR",
-            help="where data sets are, and are downloaded to (default: %(default)s)",
-        )
-        for name in ("mean", "std"):
-            add(
-                f"--{name}",
-                type=fraction,
-                nargs="+",
-                metavar="X",
-                help=f"the {name} of each channel, of pixels in 0..1 "
-                "(default: the teacher file's, else the data set's)",
-            )
-        add(
-            "--out",
-            "--output_dir",
-            default="./runs",
-            metavar="DIR",
-            help="parent of the run folders, whose names follow from the flags (default: %(default)s)",
-        )
-        add("--tag", "--log_tag", default="", help="suffix of the run folder's name")
-        add(
-            "--resume",
-            action="store_true",
-            help="continue the run's last checkpoint, if there is one; without it, an "
-            "earlier run of the same name is set aside as NAME.1, NAME.2 ...",
-        )
-        add(
-            "--time_limit",
-            type=positive,
-            metavar="MINUTES",
-            help="stop with a checkpoint before so many minutes have passed, exit code 75; --resume goes on",
-        )
-        add(
-            "--evaluate_only",
-            "--test_only",
-            action="store_true",
-            help="score the run's best checkpoint (or --ckpt) and stop",
-        )
-        add("--ckpt", metavar="FILE", help="weights for --evaluate_only")
-        add(
-            "--sample_every",
-            type=number(int, 0),
-            default=10,
-            metavar="N",
-            help="write a grid of images each N epochs, 0 for never (default: %(default)s)",
-        )
-        add(
-            "--visdom",
-            type=number(int, 1, 65535),
-            nargs="?",
-            const=15550,
-            metavar="PORT",
-            help="live curves and images "
-            "on a visdom server at this port (15550 if none is given); without a server, a log to replay later",
-        )
-        self.add_device(group)
-
-    def add_device(self, group: argparse._ActionsContainer | None = None) -> None:
-        """The flags that `runtime.setup` reads."""
-        add = (group or self).add_argument
-        add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="(default: %(default)s)")
-        add(
-            "--device",
-            choices=("auto", "cpu", "cuda"),
-            default="auto",
-            help="auto takes a GPU if there is one (default: %(default)s)",
-        )
-        add("--gpu", type=number(int, 0), metavar="N", help="the same as --device cuda on GPU number N")
-        add(
-            "--precision",
-            choices=("auto", "fp32", "bf16"),
-            help="auto takes bfloat16 autocast where the hardware has it; "
-            "fp32 is float32 throughout, without TF32 (default: the preset's, else auto)",
-        )
+        self.add(*RUN, group=self.add_argument_group("run"))
 
     def parse_args(self, args=None, namespace=None):
         argv = sys.argv[1:] if args is None else [str(a) for a in args]
@@ -271,6 +183,7 @@ class Parser(argparse.ArgumentParser):
         preset = {"precision": "auto", "teacher_recipe": None} | pair | dict(preset)
         if "teacher_recipe" in args and preset["teacher_recipe"] is None:
             preset["teacher_recipe"] = recipe_for(self.paper, args.dataset)
+        args.any_teacher = getattr(args, "teacher_recipe", None) is None
         networks = [key for key in ("teacher", "student", "model") if key in args]
         for key, value in preset.items():
             if getattr(args, key, 0) is None:
@@ -278,7 +191,7 @@ class Parser(argparse.ArgumentParser):
         if "img_size" in args:
             try:
                 usual = [name for key in networks if (name := getattr(args, key)) in MODELS]
-                preset["img_size"] = agree_on_size(usual) or source.img_size
+                preset["img_size"] = agree_on_size(usual) or preset.get("img_size") or source.img_size
                 args.img_size = agree_on_size(usual, args.img_size)
             except ValueError as error:
                 self.error(str(error))
@@ -315,9 +228,9 @@ class Parser(argparse.ArgumentParser):
         if value is True:
             return key
         if isinstance(value, list):
-            value = "_".join(f"{v:g}" for v in value) or "none"
+            value = "_".join(map(str, value)) or "none"
         elif isinstance(value, float):
-            value = f"{value:g}"
+            value = str(value)
         elif isinstance(value, str):
             value = path_word(value)
         return f"{key}{'' if isinstance(value, int) else '_'}{value}"

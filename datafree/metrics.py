@@ -41,7 +41,7 @@ def classification_scores(model: nn.Module, data, transform: Callable, runtime: 
                 raise
             n //= 2
     model.train(training)
-    first, fifth = (100 * n / len(data.test) for n in hits.tolist())
+    first, fifth = (100 * n / len(data.test) for n in hits.cpu().tolist())
     return {"Acc@1": first} | ({"Acc@5": fifth} if data.num_classes > 10 else {})
 
 

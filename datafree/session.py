@@ -65,7 +65,7 @@ class Session:
             path = find_teacher(args, "teacher_train_seg.py" if segmentation else "teacher_train.py")
             content = checkpoint.read(path)
         elif args.evaluate_only:
-            path = weights_of(args.ckpt or run_folder(args))
+            path = weights_of(args.ckpt) if args.ckpt else run_folder(args) / "best.pt"
             content = checkpoint.read(path)
         card = checkpoint.card_of(args, content)
         self.data = self._open_data(card, train)
@@ -78,6 +78,7 @@ class Session:
                 args, path, content, self._build, self.data
             )
             self.runtime.place(self.teacher)
+            args.teacher_sha256 = self.teacher_record["sha256"]  # a run goes on with the same one only
         elif args.evaluate_only:
             checkpoint.load_weights(self.student, content, path, name)
         self.runtime.place(self.student)
@@ -94,7 +95,7 @@ class Session:
     def _open_data(self, card: dict, train: bool):
         args = self.args
         if self.segmentation:
-            return get_segmentation(args.dataset, args.data_root, args.mean, args.std, train=train)
+            return get_segmentation(args.dataset, args.data_root, args.mean, args.std, train).to(self.runtime.device)
         known = (
             {}
             if args.dataset != "none"

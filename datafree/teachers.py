@@ -50,7 +50,12 @@ SHIPPED = Path(__file__).resolve().parent.parent / "pretrained"
 
 
 def recipe_for(paper: str, dataset: str) -> str | None:
-    """The recipe of the teachers that a paper takes for a data set, else the nearest; None for segmentation."""
+    """The recipe of the teachers that a paper takes for a data set, else the nearest; None for segmentation.
+
+    On ImageNet that is "torchvision": the weights that `teacher_train.py --pretrained` fetches.
+    """
+    if dataset == "imagenet":
+        return "torchvision"
     if dataset not in SOURCES:
         return None
     source = SOURCES[dataset]
@@ -100,17 +105,25 @@ def find_teacher(args, script: str = "teacher_train.py") -> Path:
     if args.dataset == "none":
         raise UsageError("--dataset none says nothing of the teacher: name its weights with --teacher_ckpt FILE")
     path = teacher_file(args.checkpoints, args.dataset, args.teacher, args.teacher_recipe)
-    shipped = SHIPPED / path.name
-    if not path.exists() and shipped.exists():
-        return shipped
-    if not path.exists():
-        recipe = f" --recipe {args.teacher_recipe}" if args.teacher_recipe else ""
-        ready = " --pretrained" if args.dataset == "imagenet" and args.teacher in PRETRAINED else ""
-        raise UsageError(
-            f"teacher {path} does not exist: make it with `python {script} --dataset {args.dataset} "
-            f"--model {args.teacher}{recipe}{ready}`, or give --teacher_ckpt FILE"
-        )
-    return path
+    for place in (path, SHIPPED / path.name):
+        if place.exists():
+            return place
+    if args.any_teacher and args.teacher_recipe:
+        files = {
+            teacher_file(folder, args.dataset, args.teacher, recipe)
+            for folder in (path.parent, SHIPPED)
+            for recipe in (*RECIPES, "torchvision")
+        }
+        others = [file for file in files if file.exists()]
+        if len(others) == 1:
+            print(f"there is no {path}: {others[0]}, of another recipe, is the teacher")
+            return others[0]
+    recipe = f" --recipe {args.teacher_recipe}" if args.teacher_recipe else ""
+    recipe = " --pretrained" if args.teacher_recipe == "torchvision" else recipe
+    raise UsageError(
+        f"teacher {path} does not exist: make it with `python {script} --dataset {args.dataset} "
+        f"--model {args.teacher}{recipe}`, or give --teacher_ckpt FILE"
+    )
 
 
 def load_teacher(args, path: Path, content: dict, build: Callable[[str, int, int], nn.Module], data) -> tuple:

@@ -17,14 +17,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def play(script, *runs):
+def waits(script, *runs):
     """Run a script with each of these flags; returns where it waits in its epochs."""
-    end = subprocess.run(
-        [sys.executable, ROOT / "tests" / "other_device.py", script, *map(shlex.join, runs)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    command = [sys.executable, ROOT / "tests" / "other_device.py", script, *map(shlex.join, runs)]
+    end = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert end.returncode == 0, end.stderr[-2000:]
     return json.loads(end.stdout.splitlines()[-1])
 
@@ -57,15 +53,7 @@ def test_such_a_device_notices_faults():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_epochs_and_a_resumed_one(script, tmp_path, checkpoints):
     cases = [case for case in CASES.values() if case.script.__name__ == script]
-    assert (
-        play(
-            script,
-            *(
-                command(case, tmp_path, checkpoints, "--n_epochs", *more)
-                for case in cases
-                for more in (["2"], ["3", "--resume"])
-            ),
-        )
-        == {}
-    )
-    assert all((tmp_path / case.folder / "result.json").exists() for case in cases)
+    epochs = (["--n_epochs", "2"], ["--n_epochs", "3", "--resume"])
+    runs = [command(case, tmp_path, checkpoints, *flags) for case in cases for flags in epochs]
+    assert waits(script, *runs) == {}
+    assert all((tmp_path / case.folder("--n_epochs", "3") / "result.json").exists() for case in cases)

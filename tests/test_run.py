@@ -71,7 +71,8 @@ CASES = {
     "datafree_kd_imagenet": case(
         datafree_kd_imagenet,
         "--batch_size 8 --synthesis_batch_size 8 --dataset digits --ep_steps 2 --kd_steps 2 --n_epochs 4 --lr 0.01 "
-        f"--sample_every 2 --teacher resnet8 --student resnet8 --g_steps 2 --phase1_rounds 2 --z_rounds 4 {SMALL_GENERATOR}",
+        "--sample_every 2 --teacher resnet8 --student resnet8 --g_steps 2 --phase1_rounds 2 --z_rounds 4 "
+        + SMALL_GENERATOR,
     ),
     "DFAD_mnist": case(
         DFAD_mnist,
@@ -160,7 +161,9 @@ def test_resume_after_a_kill_in_mid_epoch_is_bit_identical(tmp_path, checkpoints
     process.wait()
     assert states(tmp_path / "killed", DAFL, "--iterations", "30")[3] < 3
     subprocess.run([*argv(tmp_path / "killed"), "--resume"], check=True, capture_output=True)
-    assert equal(states(tmp_path / "killed", DAFL, "--iterations", "30"), states(tmp_path / "whole", DAFL, "--iterations", "30"))
+    assert equal(
+        states(tmp_path / "killed", DAFL, "--iterations", "30"), states(tmp_path / "whole", DAFL, "--iterations", "30")
+    )
 
 
 def test_folder_holds_what_it_should(whole):
@@ -422,11 +425,11 @@ def test_own_images_and_teacher_end_to_end(tmp_path, refused):
         str(tmp_path),
     ]
     trained = run(teacher_train, *common, "--model", "resnet8")
-    assert trained["dataset"] == "folder" and (tmp_path / "folder-resnet8.pt").exists()
-    card = checkpoint.read(tmp_path / "folder-resnet8.pt")["card"]
+    assert trained["dataset"] == "folder" and (tmp_path / "folder-resnet8-fast.pt").exists()
+    card = checkpoint.read(tmp_path / "folder-resnet8-fast.pt")["card"]
     assert card["num_classes"] == 2 and card["img_size"] == 16 and len(card["mean"]) == 3
     bare = tmp_path / "bare.pt"
-    torch.save(checkpoint.read(tmp_path / "folder-resnet8.pt")["state_dict"], bare)
+    torch.save(checkpoint.read(tmp_path / "folder-resnet8-fast.pt")["state_dict"], bare)
     networks = [
         "--teacher",
         "resnet8",
@@ -455,5 +458,5 @@ def test_own_images_and_teacher_end_to_end(tmp_path, refused):
         result = run(script, *common, *networks, *flags)
         best = checkpoint.read(tmp_path / result["name"] / "best.pt")
         assert best["card"]["model"] == "wrn16_1" and best["card"]["mean"] == [0.5] * 3
-    assert (tmp_path / "DAFL_train-folder-resnet8-wrn16_1" / "samples" / "epoch0001.png").exists()
+    assert list(tmp_path.glob("DAFL_train-folder_data_*-resnet8-wrn16_1-*/samples/epoch0001.png"))
     assert "3 value" in refused(DAFL_train, *common, *networks, "--mean", "0.5")

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 import papers
 from data import preset_of
-from datafree.cli import Parser, cli, describe_presets
+from datafree.cli import PICTURES, Parser, cli, describe_presets
 from datafree.losses import activation_loss, information_entropy_loss, kd_loss, one_hot_loss
 from datafree.runtime import lr_at, make_optimizer, set_lr
 from datafree.session import Session
@@ -104,6 +104,7 @@ def parse_args(argv=None):
     p.add_argument("--ie_log", choices=("10", "e"), default="10", help="base of L_ie's logarithm (default: 10)")
     p.add_argument("--as_published", action="store_true", help="with --variant mmrazor: difference 5 is none")
     p.add_argument("--unfolded", action="store_true", help="run upsampling and convolution apart, as published")
+    p.add(PICTURES)
     p.add_run()
     args = p.parse_args(argv)
     preset = preset_of(args.dataset, PRESETS) | (MMRAZOR if args.variant == "mmrazor" else {})

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import DFAD_cifar
 import papers
-from datafree.cli import Parser, cli, describe_presets, number
+from datafree.cli import PICTURES, Parser, cli, describe_presets, number
 from datafree.plots import side_by_side
 from datafree.session import Session
 from models import SEGMENTERS
@@ -38,6 +38,7 @@ def parse_args(argv=None, script: str = __file__, card: str = __doc__, preset: M
     p.add_argument("--img_size", type=number(int, 16), help="side of the generated images (default: see above)")
     text = "at the end write N test images (all without a number) beside ground truth, teacher's and student's classes"
     p.add_argument("--save_img", type=number(int, 0), nargs="?", const=10**9, default=0, metavar="N", help=text)
+    p.add(PICTURES)
     p.add_run()
     return p.complete(p.parse_args(argv), preset)
 

@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 
 import papers
 from data import preset_of
-from datafree.cli import Parser, cli, count, describe_presets
+from datafree.cli import PICTURES, Parser, cli, count, describe_presets
 from datafree.losses import l1_loss
 from datafree.runtime import lr_at, make_optimizer, set_lr
 from datafree.session import Session
@@ -57,6 +57,7 @@ def parse_args(argv=None, script: str = __file__, card: str = __doc__, presets: 
         "--variant", choices=("dfad", "mmrazor"), default="dfad", help="whose setting (default: %(default)s)"
     )
     add_flags(p)
+    p.add(PICTURES)
     p.add_run()
     args = p.parse_args(argv)
     first = next(iter(presets.values()))

@@ -32,7 +32,7 @@ Differences from the published code, which cannot run as it stands:
  2. The accuracy in Q comes from the teacher's file (published: 0.9523 for CIFAR-10 and 0.7774 for
     CIFAR-100), from --teacher_acc, or is estimated by the teacher's mean confidence.
  3. Without test images (--dataset none) the score is the agreement with the teacher on wild images
-    that were not selected, a thousand at the most; of --selection all the last ones are held out.
+    that were not selected, a thousand at the most; --selection all holds out evenly spread ones.
  4. The networks run in bfloat16 where the hardware has it, the scan included (--precision fp32).
  5. Settings of data sets other than CIFAR are ours.
 """
@@ -73,58 +73,39 @@ PRESETS = {
     "celeba": CIFAR | dict(optimizer="adam", lr=1e-4, weight_decay=0.0, batch_size=128),
     "folder": CIFAR10,
 }
+WILD = (
+    ("--wild", "the unlabelled images: a folder (any depth) or a zip, as it is given or below --wild_root, or the "
+     f"train images of one of {', '.join(DATASETS)}", dict(metavar="SET")),
+    ("--wild_root", "where that set is (default: --data_root)", dict(metavar="DIR")),
+    ("--wild_stats", "whose mean and standard deviation normalise them (default: %(default)s)",
+     dict(choices=("teacher", "imagenet"), default="teacher")),
+    ("--selection", "which of them teach: the --num_select of lowest value, as many at random, or all (default: "
+     "%(default)s)", dict(choices=("lowest", "random", "all"), default="lowest")),
+)
+FURTHER = (
+    ("--teacher_acc", "the teacher's accuracy, for Q (default: as its file says)",
+     dict(type=number(float, 0, 1, above=True), metavar="FRACTION")),
+    ("--memory", "keep the selected images on the device up to this size, else decode them anew in each epoch "
+     "(default: %(default)s)", dict(type=positive, default=4.0, metavar="GIB")),
+)
+RECIPE = dict(
+    num_select="wild images that teach", batch_size="images of an iteration",
+    n_epochs="passes over the selected images", optimizer="of the student", lr="learning rate of the student",
+    weight_decay="of the student", milestones="lr x 0.1 at these fractions of the epochs",
+    lr_Q="learning rate of Q, by Adam", T="temperature of L_KD",
+)
 # fmt: on
+SCAN_BATCH = 512  # images
 HELD_OUT = 1000  # wild images at the most that score the student where there are no test images
 
 
 def parse_args(argv=None):
     p = Parser(__file__, __doc__.format(presets=describe_presets(PRESETS)), paper="dafl")
     p.add_dataset()
-    p.add_argument(
-        "--wild",
-        metavar="SET",
-        help="the unlabelled images: a folder (any depth) or a zip, as it is given or below --wild_root, or the train "
-        "images of one of " + ", ".join(DATASETS),
-    )
-    p.add_argument("--wild_root", metavar="DIR", help="where that set is (default: --data_root)")
-    p.add_argument(
-        "--wild_stats",
-        choices=("teacher", "imagenet"),
-        default="teacher",
-        help="whose mean and standard deviation normalise them (default: %(default)s)",
-    )
-    p.add_argument(
-        "--selection",
-        choices=("lowest", "random", "all"),
-        default="lowest",
-        help="which of them teach: the --num_select of lowest value, as many at random, or all (default: %(default)s)",
-    )
+    p.add(*WILD)
     p.add_networks()
-    p.add_argument(
-        "--teacher_acc",
-        type=number(float, 0, 1, above=True),
-        metavar="FRACTION",
-        help="the teacher's accuracy, for Q (default: as its file says)",
-    )
-    p.add_recipe(
-        num_select="wild images that teach",
-        batch_size="images of an iteration",
-        n_epochs="passes over the selected images",
-        optimizer="of the student",
-        lr="learning rate of the student",
-        weight_decay="of the student",
-        milestones="lr x 0.1 at these fractions of the epochs",
-        lr_Q="learning rate of Q, by Adam",
-        T="temperature of L_KD",
-    )
-    p.add_argument(
-        "--memory",
-        type=positive,
-        default=4.0,
-        metavar="GIB",
-        help="keep the selected images on the device up to this size, else decode them anew in each epoch "
-        "(default: %(default)s)",
-    )
+    p.add(*FURTHER)
+    p.add_recipe(**RECIPE)
     p.add_run()
     args = p.parse_args(argv)
     if args.wild is None and not args.ckpt:
@@ -135,10 +116,7 @@ def parse_args(argv=None):
 
 
 def max_epoch(num_select: int) -> int:
-    """The published length of training: about 80,000 batches of 256, whatever is selected.
-
-    Epochs are counted from 1 to one less than this.
-    """
+    """The published length of training, about 80,000 batches of 256; epochs count from 1 to one less than this."""
     return max(2, int(40000 / num_select * 512))
 
 
@@ -157,8 +135,7 @@ class NoiseAdaptation(nn.Module):
     def log_matrix(self) -> Tensor:
         """log Q (n, n): row = what the student means, column = what the teacher says.
 
-        Row c is the accuracy at column c and (1 - accuracy) softmax(logits[c]) in the others, so
-        that every row sums to 1.
+        Row c is the accuracy at column c and (1 - accuracy) softmax(logits[c]) in the others: it sums to 1.
         """
         n = len(self.logits)
         wrong = at_least_float32(self.logits).log_softmax(1) + _log(1 - self.accuracy)
@@ -171,8 +148,7 @@ class NoiseAdaptation(nn.Module):
     def forward(self, s_logits: Tensor, t_logits: Tensor) -> Tensor:
         """L_noise of logits (N, n): mean -log (softmax(s) Q)_y at the teacher's arg-max y."""
         log_s = at_least_float32(s_logits).log_softmax(1)
-        y = t_logits.argmax(1)
-        return -(log_s + self.log_matrix().T[y]).logsumexp(1).mean()
+        return -(log_s + self.log_matrix().T[t_logits.argmax(1)]).logsumexp(1).mean()
 
 
 def _log(x: float) -> float:
@@ -187,7 +163,7 @@ def value_of(t_logits: Tensor) -> Tensor:
 def train_epoch(epoch, s: Session, noise, optimizer_S, optimizer_Q, batches, transform) -> dict[str, Tensor]:
     """One pass over the selected images; returns the mean of each loss."""
     s.student.train()
-    # Epochs are counted from 1, to one less than `max_epoch`.
+    # As published, epochs count from 1, to one less than `max_epoch`.
     set_lr(optimizer_S, lr_at(epoch + 1, s.args.lr, s.n_epochs + 1, s.args.milestones))
     total = torch.zeros(2, device=s.runtime.device)
     for images, _ in batches:
@@ -196,8 +172,7 @@ def train_epoch(epoch, s: Session, noise, optimizer_S, optimizer_Q, batches, tra
             s_logits = s.student(x)
             with torch.no_grad():
                 t_logits = s.folded_teacher(x)
-        loss_kd = kd_loss(s_logits, t_logits, s.args.T)
-        loss_noise = noise(s_logits, t_logits)
+        loss_kd, loss_noise = kd_loss(s_logits, t_logits, s.args.T), noise(s_logits, t_logits)
         optimizer_S.zero_grad()
         optimizer_Q.zero_grad()
         (loss_kd + loss_noise).backward()
@@ -209,9 +184,7 @@ def train_epoch(epoch, s: Session, noise, optimizer_S, optimizer_Q, batches, tra
 
 
 @torch.no_grad()
-def scan(
-    teacher: nn.Module, split: TensorSplit | FileSplit, transform: Transform, runtime: Runtime, batch_size: int = 512
-) -> dict:
+def scan(teacher: nn.Module, split: TensorSplit | FileSplit, transform: Transform, runtime: Runtime) -> dict:
     """The teacher's value of every image of a split, in order.
 
     Returns:
@@ -221,8 +194,8 @@ def scan(
     n = len(split)
     values, labels = torch.empty(n), torch.empty(n, dtype=torch.int16)
     broken, done = [], 0
-    with tqdm(total=n, unit=" images", unit_scale=True, desc="scanning the wild set", disable=None) as bar:
-        for images, unreadable in split.scan(batch_size, runtime.device):
+    with tqdm(desc="scanning the wild set", total=n, unit=" images", unit_scale=True, disable=None) as bar:
+        for images, unreadable in split.scan(SCAN_BATCH, runtime.device):
             with runtime.autocast():
                 t_logits = teacher(transform(images))
             rows = slice(done, done + len(images))
@@ -230,10 +203,8 @@ def scan(
             broken += unreadable
             done += len(images)
             bar.update(len(images))
-    if broken:
-        values[[row for row, _ in broken]] = math.nan
-    example = broken[0][1] if broken else None
-    return {"values": values, "labels": labels, "broken": len(broken), "example": example}
+    values[torch.tensor([row for row, _ in broken], dtype=torch.int64)] = math.nan
+    return {"values": values, "labels": labels, "broken": len(broken), "example": broken[0][1] if broken else None}
 
 
 def cached_scan(s: Session, split, fingerprint: str, transform: Transform) -> dict:
@@ -260,14 +231,15 @@ def select(found: dict, args) -> Tensor:
     Raises:
         UsageError: fewer images can be read than are to be selected.
     """
-    values = found["values"]
+    values, wanted = found["values"], args.num_select
     readable = (~values.isnan()).nonzero().flatten()
-    wanted = args.num_select
     if args.selection == "all":
+        if args.dataset == "none":  # evenly spread ones are left to score the student
+            n = min(HELD_OUT, len(readable) // 2)
+            teaches = torch.ones(len(readable), dtype=torch.bool)
+            teaches[torch.arange(n) * len(readable) // max(1, n)] = False
+            readable = readable[teaches]
         wanted = len(readable)
-        if args.dataset == "none":
-            wanted -= min(HELD_OUT, wanted // 2)
-            readable = readable[:wanted]
     if len(readable) < max(2, wanted):
         raise _too_few(args, f"{len(readable):,} images that can be read")
     if args.selection == "random":
@@ -277,9 +249,8 @@ def select(found: dict, args) -> Tensor:
 
 
 def _too_few(args, images: str) -> UsageError:
-    return UsageError(
-        f"wild set {args.wild} has {images}, fewer than --num_select {args.num_select:,}: lower it, or give more images"
-    )
+    wanted = f"fewer than --num_select {args.num_select:,}"
+    return UsageError(f"wild set {args.wild} has {images}, {wanted}: lower it, or give more images")
 
 
 def not_selected(found: dict, rows: Tensor) -> Tensor:
@@ -292,34 +263,26 @@ def not_selected(found: dict, rows: Tensor) -> Tensor:
     rest[rows] = False
     rest = rest.nonzero().flatten()
     if not len(rest):
-        raise UsageError(
-            "without test images the score needs wild images that do not teach, and all are selected: lower "
-            "--num_select, or give more images"
-        )
+        raise UsageError("no wild image is left to score the student: lower --num_select, or give more images")
     return rest[:: max(1, len(rest) // HELD_OUT)][:HELD_OUT]
 
 
 def report(run: Run, split, found: dict, rows: Tensor, class_names: tuple[str, ...]) -> None:
     """Say what was selected; wild_values.png, and grids of the surest and unsurest images."""
     values = found["values"]
-    order = values.argsort(stable=True)
-    order = order[: len(order) - found["broken"]]
-    counts = found["labels"][rows].long().bincount(minlength=len(class_names)).tolist()
+    order = values.argsort(stable=True)[: len(values) - found["broken"]]
     levels = values[order][torch.linspace(0, len(order) - 1, 5).long()].tolist()
+    shares = ", ".join(f"{25 * i} % below {level:.2g}" for i, level in enumerate(levels))
+    counts = found["labels"][rows].long().bincount(minlength=len(class_names)).tolist()
+    classes = ", ".join(f"{name} {count:,}" for name, count in zip(class_names[:20], counts, strict=False))
+    more = " ..." if len(class_names) > 20 else ""
     if found["broken"]:
         run.log(f"left out: {found['broken']:,} files that cannot be read, such as {found['example']}")
-    run.log(
-        "cross-entropy with the teacher's own label: "
-        + ", ".join(f"{share} % below {level:.2g}" for share, level in zip((0, 25, 50, 75, 100), levels, strict=True))
-    )
-    run.log(
-        f"selected {len(rows):,} of {len(order):,}; by the teacher's label: "
-        + ", ".join(f"{name} {count:,}" for name, count in zip(class_names[:20], counts, strict=False))
-        + (" ..." if len(class_names) > 20 else "")
-    )
+    run.log(f"cross-entropy with the teacher's own label: {shares}")
+    run.log(f"selected {len(rows):,} of {len(order):,}; by the teacher's label: {classes}{more}")
     for name, shown in (("wild_best", order[:64]), ("wild_worst", order.flip(0)[:64])):
-        images = split.take(shown).batches(len(shown), device="cpu")
-        run.images(name, next(iter(images))[0].float() / 255)
+        images, _ = next(iter(split.take(shown).batches(len(shown), device="cpu")))
+        run.images(name, images.float() / 255)
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="cross-entropy of the teacher with its own label", ylabel="images", yscale="log")
@@ -345,10 +308,11 @@ def main(args):
     found = cached_scan(s, split, fingerprint, transform)
     rows = select(found, args)
     report(s.run, split, found, rows, data.class_names)
-    images = split.take(rows).in_memory(args.memory * 2**30).to(device)
-    batches = images.batches(args.batch_size, shuffle=True, device=device, drop_last=len(images) % args.batch_size == 1)
+    memory, one_left = args.memory * 2**30, len(rows) % args.batch_size == 1  # would stop BatchNorm on a 1x1 map
+    images = split.take(rows).in_memory(memory).to(device)
+    batches = images.batches(args.batch_size, shuffle=True, device=device, drop_last=one_left)
     if data.test is None:
-        unseen = split.take(not_selected(found, rows)).in_memory(args.memory * 2**30).to(device)
+        unseen = split.take(not_selected(found, rows)).in_memory(memory).to(device)
         s.unseen = lambda: (transform(x) for x, _ in unseen.batches(250, device=device))
     accuracy = args.teacher_acc or s.teacher_card.get("accuracy", math.nan) / 100
     if math.isnan(accuracy):
@@ -362,15 +326,8 @@ def main(args):
     n_epochs = args.n_epochs or max_epoch(len(rows)) - 1
     for epoch in s.epochs(len(batches), args.batch_size, n_epochs, **states):
         s.record(train_epoch(epoch, s, noise, optimizer_S, optimizer_Q, batches, transform))
-    return s.finish(
-        method="DFND",
-        wild=args.wild,
-        wild_fingerprint=fingerprint,
-        wild_images=len(split),
-        wild_broken=found["broken"],
-        selected=len(rows),
-        accuracy_in_Q=accuracy,
-    )
+    wild = dict(wild=args.wild, wild_fingerprint=fingerprint, wild_images=len(split), wild_broken=found["broken"])
+    return s.finish(method="DFND", **wild, selected=len(rows), accuracy_in_Q=accuracy)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python teacher_train.py --dataset cifar10 --model resnet34
     python ZSKT_train.py --dataset cifar10                 # 93.05 %: ResNet-34 -> ResNet-18
-    python ZSKT_train.py --dataset digits                  # embedded data: a minute or two on two cores
+    python ZSKT_train.py --dataset digits                  # embedded data: two minutes on one core
 
 Student S and generator G play a min-max game over what S believes otherwise than the teacher T:
 
@@ -37,7 +37,7 @@ from torch.optim import Optimizer
 
 import papers
 from data import preset_of
-from datafree.cli import Parser, cli, describe_presets
+from datafree.cli import PICTURES, Parser, cli, describe_presets
 from datafree.errors import UsageError
 from datafree.losses import attention_loss, kd_loss
 from datafree.runtime import lr_at, make_optimizer, set_lr
@@ -76,6 +76,7 @@ def parse_args(argv=None):
     p.add_argument(
         "--keep_student_gradient", action="store_true", help="as published, difference 1 (default: it is cleared)"
     )
+    p.add(PICTURES)
     p.add_run()
     args = p.parse_args(argv)
     return p.complete(args, preset_of(args.dataset, PRESETS))

@@ -10,32 +10,34 @@
 The published way is float32, NCHW, eager, with upsampling and convolution apart and the C
 library's own treatment of freed memory; for fast_meta, synthetic images are also written as PNG
 files and read back by four worker processes through PIL, and the hooks on the teacher's BatchNorm
-layers stay where they are, so that student steps compute statistics too. Ours is what the script
-does on this device. A round of synthesis is Fast-2: two updates make a batch, which goes to the
-pool; images of a round, as of the six steps of a DFAD iteration, count once.
+layers stay in student steps too. Ours is what the script does on this device. A round of synthesis
+is Fast-2: two updates make a batch, which goes to the pool; images of a round, as of the six steps
+of a DFAD iteration, count once.
 
-Both run the same functions on the same networks, each in a process of its own, as memory that one
-keeps would speed up or slow down the other; blocks of steps alternate between the two, so that a
-machine whose speed drifts drifts for both. A block's figure is its mean, reported are the medians
-over the blocks, and of the ratio also the smallest and the largest. The share of the peak is the
-arithmetic that the convolutions and matrix products of that way really do, over what a large
-matrix product reaches in the same precision. Peak memory is the process's (on a GPU: PyTorch's).
+Both run the same functions on the same networks, each in a process of its own, so that neither
+uses the other's memory; their blocks of steps alternate, so that a machine whose speed drifts
+drifts for both. Reported are the medians over the blocks, and of the ratio also the smallest and
+the largest. The share of the peak is the arithmetic that the convolutions and matrix products of
+that way really do, over what a large matrix product reaches in the same precision. Peak memory is
+the process's (on a GPU: PyTorch's).
 """
 
 import json
 import resource
 import statistics
 import tempfile
-import time
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from PIL import Image
+from torch.utils.benchmark import timer  # waits for the GPU
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import to_pil_image
 
 import DAFL_train
 import datafree_kd
@@ -59,8 +61,7 @@ def parse_args(argv=None):
     p = Parser(__file__, __doc__)
     p.add_argument("--setting", choices=SETTINGS, default="mnist", help="(default: %(default)s)")
     p.add_argument("--batch_size", type=batch, help="(default: 512 for LeNet-5, else 256)")
-    text = "steps of a block; of rounds one (default: %(default)s)"
-    p.add_argument("--steps", type=count, default=4, help=text)
+    p.add_argument("--steps", type=count, default=4, help="of a block; of rounds one (default: %(default)s)")
     p.add_argument("--repeats", type=number(int, 2), default=5, help="blocks of each way (default: %(default)s)")
     p.add_argument("--json", metavar="FILE", help="write the figures there too")
     p.add(*DEVICE)
@@ -106,9 +107,9 @@ class DaflWay(Way):
         super().__init__(name, args, runtime, DAFL_train, "--dataset", args.setting)
         self.optimizer_G = make_optimizer("adam", self.generator.parameters(), 1e-3)
         self.optimizer_S = make_optimizer("adam", self.student.parameters(), 1e-3)
-        self.x = torch.randn(self.batch_size, self.channels, 32, 32, device=self.device)
-        if self.ours:
-            self.x = self.x.contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if self.ours else torch.contiguous_format
+        x = torch.randn(self.batch_size, self.channels, 32, 32, device=self.device)
+        self.x = x.contiguous(memory_format=layout)
 
     def latents(self):
         return self.generator.latents(self.batch_size, device=self.device)
@@ -163,34 +164,23 @@ class DfadWay(Way):
 class PngPool:
     """The published pool: PNG files, read back by worker processes through PIL."""
 
-    def __init__(self, transform):
-        self.temporary = tempfile.TemporaryDirectory()  # lives as long as the pool
-        self.folder, self.count = Path(self.temporary.name), 0
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomCrop(32, padding=4),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(transform.mean, transform.std),
-            ]
-        )
+    def __init__(self, transform: Transform):
+        self.temporary, self.count = tempfile.TemporaryDirectory(), 0  # lives as long as the pool
+        self.folder = Path(self.temporary.name) / "synthetic"
+        self.folder.mkdir()
+        crop, flip = transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()
+        normalize = transforms.Normalize(transform.mean, transform.std)
+        self.transform = transforms.Compose([crop, flip, transforms.ToTensor(), normalize])
 
     def add(self, images):
-        images = (images.detach().clamp(0, 1) * 255).to(torch.uint8)
-        for image in images.permute(0, 2, 3, 1).cpu().numpy():
-            Image.fromarray(image).save(self.folder / f"{self.count}.png")
+        for image in (images.detach().clamp(0, 1) * 255).to(torch.uint8).cpu():
+            to_pil_image(image).save(self.folder / f"{self.count}.png")
             self.count += 1
 
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        with Image.open(self.folder / f"{i}.png") as image:
-            return self.transform(image.convert("RGB"))
-
     def sample(self, batch_size, device):
+        options = dict(shuffle=True, num_workers=4, pin_memory=device.type == "cuda")
         while True:
-            for x in DataLoader(self, batch_size, shuffle=True, num_workers=4, pin_memory=device.type == "cuda"):
+            for x, _ in DataLoader(ImageFolder(self.temporary.name, self.transform), batch_size, **options):
                 yield x.to(device)
 
 
@@ -237,11 +227,6 @@ SETTINGS = {"mnist": DaflWay, "cifar10": DaflWay, "dfad_mnist": DfadWay, "dfad_c
 SETTINGS |= dict.fromkeys(PAIRS, FastWay)
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def matmul_peak(runtime: Runtime) -> float:
     """Floating-point operations per second of a large matrix product, the best of twenty."""
     dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
@@ -249,106 +234,78 @@ def matmul_peak(runtime: Runtime) -> float:
     a, b = torch.randn(2, size, size, device=runtime.device, dtype=dtype)
     seconds = []
     for _ in range(20):
-        synchronize(runtime.device)
-        start = time.perf_counter()
+        start = timer()
         a @ b
-        synchronize(runtime.device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(timer() - start)
     return 2 * size**3 / min(seconds)
 
 
-def serve(name: str, args, pipe) -> None:
-    """The process of one way: answers (question, label) with a number until it is told "stop"."""
-    runtime = setup(args)
-    way = SETTINGS[args.setting](name, args, runtime)
-    kind = None
-    while kind != "stop":
-        try:
-            kind, label = pipe.recv()
-        except EOFError:  # the main process is gone
-            return
-        step = way.steps.get(label)
-        if kind == "peak":
-            answer = matmul_peak(way.runtime)
-        elif kind == "work":
-            with FlopCounterMode(display=False) as counter:
-                step(way)
-            answer = counter.get_total_flops()
-        elif kind == "seconds":
-            count = 1 if "round" in label else args.steps
+def start_process(name: str, args) -> None:
+    """Make the networks of one way, in its own process."""
+    global way
+    way = SETTINGS[args.setting](name, args, setup(args))
+
+
+def measure(kind: str, label: str | None = None, count: int = 1) -> float:
+    """In the process of one way: the matrix product's speed, a step's arithmetic or seconds, or bytes of memory."""
+    step = way.steps.get(label)
+    if kind == "peak":
+        return matmul_peak(way.runtime)
+    if kind == "work":
+        with FlopCounterMode(display=False) as counter:
             step(way)
-            synchronize(runtime.device)
-            start = time.perf_counter()
-            for _ in range(count):
-                step(way)
-            synchronize(runtime.device)
-            answer = (time.perf_counter() - start) / count
-        elif runtime.device.type == "cuda":
-            answer = torch.cuda.max_memory_allocated()
-        else:
-            answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        pipe.send(answer)
+        return counter.get_total_flops()
+    if kind == "seconds":
+        step(way)
+        start = timer()
+        for _ in range(count):
+            step(way)
+        return (timer() - start) / count
+    if way.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main(args):
     """Measure and print; returns the figures."""
     runtime = setup(args)
-    context, ask = get_context("spawn"), {}
-    for name in WAYS:
-        pipe, far = context.Pipe()
-        context.Process(target=serve, args=(name, args, far)).start()
-        far.close()
+    process = {name: ProcessPoolExecutor(1, get_context("spawn"), start_process, (name, args)) for name in WAYS}
 
-        def question(kind, label=None, pipe=pipe):
-            pipe.send((kind, label))
-            return pipe.recv()
+    def ask(*question):
+        return {name: process[name].submit(measure, *question).result() for name in WAYS}
 
-        ask[name] = question
-    peak = {name: ask[name]("peak") for name in WAYS}
+    peak = ask("peak")
+    about = dict(device=device_name(runtime.device), torch=torch.__version__, setting=args.setting)
+    about |= dict(batch_size=args.batch_size, precision=runtime.precision, peak_flops=peak)
     print(
-        f"{device_name(runtime.device)}, torch {torch.__version__}; {args.setting}, batch "
-        f"{args.batch_size}; ours in {runtime.precision}; matrix products reach "
-        f"{peak['published'] / 1e9:.0f} GFLOP/s in the published way's precision, "
-        f"{peak['ours'] / 1e9:.0f} in ours"
-    )
-    print(
+        f"{about['device']}, torch {torch.__version__}; {args.setting}, batch {args.batch_size}; ours in "
+        f"{runtime.precision}; matrix products reach {peak['published'] / 1e9:.0f} GFLOP/s in the published way's "
+        f"precision, {peak['ours'] / 1e9:.0f} in ours\n"
         f"{'':20} {'images/s':^21} {'':20} {'share of the peak':^21}\n"
         f"{'':20} {'published':>10} {'ours':>10} {'ratio (min-max)':>20} {'published':>10} {'ours':>10}"
     )
     figures = {}
     for label in SETTINGS[args.setting].steps:
-        seconds = {name: [] for name in WAYS}
-        work = {name: ask[name]("work", label) for name in WAYS}  # the first calls, not counted
-        for name in (*WAYS, *WAYS):
-            ask[name]("seconds", label)
-        for _ in range(args.repeats):
-            for name in WAYS:
-                seconds[name].append(ask[name]("seconds", label))
-        middle = {name: statistics.median(s) for name, s in seconds.items()}
-        rate = {name: args.batch_size / s for name, s in middle.items()}
+        work, question = ask("work", label), ("seconds", label, 1 if "round" in label else args.steps)
+        for _ in range(2):  # the first blocks do not count
+            ask(*question)
+        blocks = [ask(*question) for _ in range(args.repeats)]
+        middle = {name: statistics.median(block[name] for block in blocks) for name in WAYS}
+        rate = {name: args.batch_size / middle[name] for name in WAYS}
         share = {name: work[name] / middle[name] / peak[name] for name in WAYS}
-        ratios = [p / o for p, o in zip(*seconds.values(), strict=True)]
+        ratios = [block["published"] / block["ours"] for block in blocks]
         ratio = statistics.median(ratios)
         spread = f"{ratio:.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        print(
-            f"{label:20} {rate['published']:10.0f} {rate['ours']:10.0f} {spread:>20} "
-            f"{share['published']:10.0%} {share['ours']:10.0%}"
+        rates, shares = (
+            " ".join(f"{x[name]:10{form}}" for name in WAYS) for x, form in ((rate, ".0f"), (share, ".0%"))
         )
+        print(f"{label:20} {rates} {spread:>20} {shares}")
         figures[label] = {"images_per_second": rate, "ratio": ratio, "ratios": ratios, "share_of_peak": share}
-    memory = {name: ask[name]("memory") for name in WAYS}
-    for question in ask.values():
-        question("stop")
+    memory = ask("memory")
+    for executor in process.values():
+        executor.shutdown()
     print("peak memory: " + ", ".join(f"{n} {m / 2**30:.2f} GiB" for n, m in memory.items()))
-    result = {
-        "device": device_name(runtime.device),
-        "torch": torch.__version__,
-        "setting": args.setting,
-        "batch_size": args.batch_size,
-        "precision": runtime.precision,
-        "peak_flops": peak,
-        "peak_memory": memory,
-        "steps": figures,
-    }
+    result = about | {"peak_memory": memory, "steps": figures}
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     return result

@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import papers
@@ -40,27 +39,62 @@ COLUMNS = (
     "last_std", "best", "best_std", "standard_error", "mean", "n", "best_minus_paper", "teacher_score",
     "scratch_score", "minutes", "synthesis_minutes", "precision", "hardware", "differs", "command", "note",
 )  # fmt: skip
-RULE = (
-    f"**reproduced**: the best score of runs with the cell's own flags is at least the published one less "
-    f"{papers.MARGIN:g} point; **partly**: there are runs, but shorter or otherwise different ones, or they fall "
-    "short; **not yet**: no run."
-)
+# Column, key of the records and what it is divided by.
+MEASURED = (
+    ("last", "last", 1), ("best", "best", 1), ("standard_error", "standard_error", 1), ("mean", "mean", 1),
+    ("teacher_score", "teacher_accuracy", 1), ("minutes", "seconds", 60),
+    ("synthesis_minutes", "synthesis_seconds", 60),
+)  # fmt: skip
+HEAD = "paper | method | data | verdict | best / published"
+RULE = f"""**reproduced**: the best score of runs with the cell's own flags is at least the published one less
+{papers.MARGIN:g} point; **partly**: there are runs, but shorter or otherwise different ones, or they fall short; **not
+yet**: no run. The number is our best beside the published one, of the run nearest to it."""
+TOP = """# Results beside the papers'
+
+Written by `python compare.py` from the records under `results/`: {coverage} have a run of ours. All
+cells with their commands, each run with its seed, and how each script differs from the published code: {pages};
+for machines, [results.csv](results/results.csv).
+
+## Verdicts
+
+{rule}
+
+{verdicts}
+## Measured
+
+"Last" is the last epoch, "best" the best one on the test set, which is what the papers report, ± the standard
+deviation over n seeds; s.e. is the standard error that so many test images leave in a score, the mean is over all
+epochs. "Differs" names the flags in which runs are not the published one, with the published value in brackets.
+
+{measured}"""
+END = """## Running the others
+
+```bash
+bash scripts/reproduce.sh --missing             # the cells without a run, and their commands
+bash scripts/reproduce.sh fast-53 --dry-run     # what one of them runs, its teacher first
+bash scripts/reproduce.sh fast-53 --seeds 3     # runs it; again after an interruption
+bash scripts/reproduce.sh fast-53 --check       # beside the published value
+cp runs/NAME/result.json results/NAME.json && python compare.py       # puts it into this page
+```
+"""
 
 
 def parse_args(argv=None):
     p = Parser(__file__, __doc__)
-    p.add_argument("--results", default=str(ROOT / "results"), metavar="DIR", help="where the records are "
-                   "(default: results/ beside this script)")  # fmt: skip
-    p.add_argument("--dataset", help="only this data set, as the papers call it")
-    p.add_argument("--method", help="only this method, as the papers call it")
-    p.add_argument("--format", choices=("md", "csv", "json"), default="md", help="(default: %(default)s)")
-    p.add_argument("--out", metavar="FILE", help="where it goes; what belongs to RESULTS.md goes to results/ beside it "
-                   "(default: RESULTS.md beside this script, or the screen for a part or another format)")  # fmt: skip
-    p.add_argument(
-        "--readme", action="store_true", help=f"write the verdicts between {' and '.join(MARKS)} of README.md"
+    # fmt: off
+    p.add(
+        ("--results", "where the records are (default: results/ beside this script)",
+         dict(default=str(ROOT / "results"), metavar="DIR")),
+        ("--dataset", "only this data set, as the papers call it", {}),
+        ("--method", "only this method, as the papers call it", {}),
+        ("--format", "(default: %(default)s)", dict(choices=("md", "csv", "json"), default="md")),
+        ("--out", "where it goes; what belongs to RESULTS.md goes to results/ beside it (default: RESULTS.md beside "
+         "this script, or the screen for a part or another format)", dict(metavar="FILE")),
+        ("--readme", f"write the verdicts between {' and '.join(MARKS)} of README.md", dict(action="store_true")),
+        ("--curves", "draw the scores of these metrics.csv files over the epochs, and nothing else",
+         dict(nargs="+", metavar="FILE")),
     )
-    p.add_argument("--curves", nargs="+", metavar="FILE", help="draw the scores of these metrics.csv files over the "
-                   "epochs, and nothing else")  # fmt: skip
+    # fmt: on
     args = p.parse_args(argv)
     if args.curves and not args.out:
         p.error("--curves needs --out FILE.png")
@@ -77,18 +111,16 @@ def mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None
 
 def measured(runs: Sequence[dict]) -> dict:
     """What a row says of runs that differ in their seed only."""
-    row = {"n": len(runs)}
-    for name, key, scale in (("last", "last", 1), ("best", "best", 1), ("standard_error", "standard_error", 1),
-                             ("mean", "mean", 1), ("teacher_score", "teacher_accuracy", 1),
-                             ("minutes", "seconds", 60), ("synthesis_minutes", "synthesis_seconds", 60)):  # fmt: skip
+    row = {"n": len(runs), "runs": runs}
+    for name, key, scale in MEASURED:
         mean, std = mean_std(None if (value := r.get(key)) is None else value / scale for r in runs)
         row |= {name: mean} | ({f"{name}_std": std} if f"{name}_std" in COLUMNS else {})
     return row | {key: ", ".join(sorted({r[key] for r in runs})) for key in ("precision", "hardware")}
 
 
 def collect(records: Sequence[dict]) -> tuple[list[dict], list[list[dict]]]:
-    """One row (COLUMNS) for each cell and way of running it; and the runs of no cell, those of other seeds together."""
-    rows, used = [], set()
+    """One row (COLUMNS and "runs") for each cell and way of running it; the runs of no cell, other seeds together."""
+    rows = []
     for cell in papers.cells():
         common = dict.fromkeys(COLUMNS) | {
             "cell": cell.name,
@@ -96,23 +128,18 @@ def collect(records: Sequence[dict]) -> tuple[list[dict], list[list[dict]]]:
             "verdict": papers.verdict(cell, records) if cell.script else "no command",
             "paper": cell.row["value"] if cell.value is None else cell.value,
             "paper_std": float(cell.row["std"]) if cell.row["std"] else None,
-            "command": cell.command,
-            "n": 0,
-            "note": cell.reason,
-        }
-        runs = papers.runs_of(cell, records)
+            "command": cell.command, "n": 0, "runs": (), "note": cell.reason,
+        }  # fmt: skip
         scratch = [r for r in records if r["script"].startswith("teacher_train") and r["dataset"] == cell.dataset
                    and r["args"]["model"] == cell.student]  # fmt: skip
         longest = max((r["epochs"] for r in scratch), default=None)
-        for differs, own in runs.items():
-            row = common | measured(own) | {"differs": differs}
-            row["scratch_score"] = mean_std(r["best"] for r in scratch if r["epochs"] == longest)[0]
-            row["best_minus_paper"] = None if cell.value is None else row["best"] - cell.value
-            rows.append(row)
-            used |= {r["file"] for r in own}
-        if not runs:
-            rows.append(common)
-    others = {}
+        common["scratch_score"] = mean_std(r["best"] for r in scratch if r["epochs"] == longest)[0]
+        found = papers.runs_of(cell, records)
+        for differs, runs in found.items():
+            row = common | measured(runs) | {"differs": differs}
+            rows.append(row | {"best_minus_paper": None if cell.value is None else row["best"] - cell.value})
+        rows += [] if found else [common | {"scratch_score": None}]
+    used, others = {r["file"] for row in rows for r in row["runs"]}, {}
     for record in records:
         if record["file"] not in used:
             told = {k: v for k, v in papers.flags_of(record).items() if k == "script" or k not in FREE | {"seed"}}
@@ -128,9 +155,20 @@ def figure_of(value: float | str | None, std: float | None = None, digits: int =
     return text if std is None else f"{text} ± {std:.{digits}f}"
 
 
-def table(head: str, lines: Iterable[Sequence[str]]) -> list[str]:
+def figures(row: dict, *names: str) -> list[str]:
+    """Columns of a row, each with its standard deviation where it has one."""
+    return [figure_of(row[name], row.get(f"{name}_std")) for name in names]
+
+
+def table(head: str, lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table; `head` has its columns' names with ' | ' between."""
-    return [f"| {head} |", "|" + "---|" * (head.count(" | ") + 1), *(f"| {' | '.join(line)} |" for line in lines), ""]
+    rule = "|" + "---|" * (head.count(" | ") + 1)
+    return "\n".join([f"| {head} |", rule, *(f"| {' | '.join(line)} |" for line in lines), ""])
+
+
+def coverage(rows: Sequence[dict]) -> str:
+    """'14 of 220 published cells': those with runs."""
+    return f"{len({r['cell'] for r in rows if r['n']})} of {len({r['cell'] for r in rows})} published cells"
 
 
 def short_command(record: dict) -> str:
@@ -166,61 +204,21 @@ def verdicts(rows: Sequence[dict]) -> list[tuple[str, ...]]:
 
 def markdown(rows: Sequence[dict], others: Sequence[Sequence[dict]]) -> str:
     """RESULTS.md as text."""
-    run, every = ({r["cell"] for r in rows if r["n"] or not only} for only in (True, False))
-    lines = [
-        "# Results beside the papers'",
-        "",
-        f"Written by `python compare.py` from the records under `results/`: {len(run)} of {len(every)} published cells "
-        "have a run of ours. All cells with their commands, each run with its seed, and how each script differs from "
-        f"the published code: {', '.join(f'[{p}](results/{p}.md)' for p in sorted({*papers.PAPERS.values()}))}; for "
-        "machines, [results.csv](results/results.csv).",
-        "",
-        "## Verdicts",
-        "",
-        RULE + " The number is our best beside the published one, of the run nearest to it.",
-        "",
-        *table("paper | method | data | verdict | best / published", verdicts(rows)),
-        "## Measured",
-        "",
-        '"Last" is the last epoch, "best" the best one on the test set, which is what the papers report, ± the '
-        "standard deviation over n seeds; s.e. is the standard error that so many test images leave in a score, the "
-        'mean is over all epochs. "Differs" names the flags in which runs are not the published one, with the '
-        "published value in brackets.",
-        "",
-    ]
-    lines += table(
-        "cell | data | method | network | published | last | best | s.e. | mean | n | differs",
-        [
-            [r["cell"], r["dataset"], r["method"], r["teacher" if r["method"] == "Teacher" else "student"],
-             figure_of(r["paper"], r["paper_std"]),
-             figure_of(r["last"], r["last_std"]), figure_of(r["best"], r["best_std"]), figure_of(r["standard_error"]),
-             figure_of(r["mean"]), str(r["n"]), r["differs"]]
-            for r in rows if r["n"]
-        ],
-    )  # fmt: skip
-    if others:
-        lines += ["## Runs of no published cell", "", *other_runs(others)]
-    lines += [
-        "## Running the others",
-        "",
-        "```bash",
-        "bash scripts/reproduce.sh --missing             # the cells without a run, and their commands",
-        "bash scripts/reproduce.sh fast-53 --dry-run     # what one of them runs, its teacher first",
-        "bash scripts/reproduce.sh fast-53 --seeds 3     # runs it; again after an interruption",
-        "bash scripts/reproduce.sh fast-53 --check       # beside the published value",
-        "cp runs/NAME/result.json results/NAME.json && python compare.py       # puts it into this page",
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
+    head = "cell | data | method | network | published | last | best | s.e. | mean | n | differs"
+    lines = table(head, [[
+        r["cell"], r["dataset"], r["method"], r["teacher" if r["method"] == "Teacher" else "student"],
+        *figures(r, "paper", "last", "best", "standard_error", "mean"), str(r["n"]), r["differs"],
+    ] for r in rows if r["n"]])  # fmt: skip
+    pages = ", ".join(f"[{p}](results/{p}.md)" for p in sorted({*papers.PAPERS.values()}))
+    text = TOP.format(coverage=coverage(rows), pages=pages, rule=RULE, verdicts=table(HEAD, verdicts(rows)),
+                      measured=lines)  # fmt: skip
+    return "\n".join([text, *([f"## Runs of no published cell\n\n{other_runs(others)}"] if others else []), END])
 
 
-def other_runs(others: Sequence[Sequence[dict]]) -> list[str]:
-    lines = []
-    for runs in others:
-        row = measured(runs)
-        scores = (figure_of(row["last"], row["last_std"]), figure_of(row["best"], row["best_std"]))
-        lines.append([runs[0]["method"], runs[0]["dataset"], *scores, figure_of(row["standard_error"]), str(row["n"]),
-                      figure_of(row["teacher_score"]), f"`{short_command(runs[0])}`"])  # fmt: skip
+def other_runs(others: Sequence[Sequence[dict]]) -> str:
+    lines = [[runs[0]["method"], runs[0]["dataset"], *figures(row, "last", "best", "standard_error"), str(row["n"]),
+              *figures(row, "teacher_score"), f"`{short_command(runs[0])}`"]
+             for runs in others for row in [measured(runs)]]  # fmt: skip
     return table("method | data | last | best | s.e. | n | Acc(T) | command", lines)
 
 
@@ -234,68 +232,62 @@ def homes() -> dict[str, str]:
     return {script: counter.most_common(1)[0][0] for script, counter in counts.items()}
 
 
-def deviations(script: str) -> list[str]:
-    """How a script differs from the published code, as its docstring says: Markdown lines."""
+def deviations(script: str) -> str:
+    """How a script differs from the published code, as its docstring says, in Markdown; empty if it does not say."""
     card = ast.get_docstring(ast.parse((ROOT / script).read_text()))
     found = re.search(r"^Differences from the published code([^:]*):(.*?)(?=\n\n|\Z)", card, re.S | re.M)
     if not found:
-        return []
+        return ""
     remark, text = found.groups()
     items = [" ".join(item.split()) for item in re.split(r"^ *\d+\. ", text, flags=re.M)]
     items = [f"{i}. {item}" for i, item in enumerate(filter(None, items), 1)]
-    return [f"How `{script}` differs from the published code{remark}:", "", *items, ""]
+    return "\n".join([f"How `{script}` differs from the published code{remark}:", "", *items, ""])
 
 
-def page(paper: str, rows: Sequence[dict], others: Sequence[Sequence[dict]], records: Sequence[dict]) -> str:
+def page(paper: str, rows: Sequence[dict], others: Sequence[Sequence[dict]]) -> str:
     """results/<paper>.md as text: full tables, every run, deviations."""
-    home = homes()
+    home, tables = homes(), {}
     own = [r for r in rows if papers.PAPERS[r["source"]] == paper]
-    lines = [f"# {', '.join(dict.fromkeys(r['source'] for r in own))}: every cell and run", ""]
-    lines += ["Written by `python compare.py`. Acc(T) is the teacher's score in these runs, Acc(S) the student's when "
-              "it is trained on the data itself; the rest is as in [RESULTS.md](../RESULTS.md).", ""]  # fmt: skip
-    tables = {}
     for row in own:
         tables.setdefault((row["source"], row["table"]), []).append(row)
-    for (source, name), part in tables.items():
-        lines += [f"## {source}, {name}", "", *full_table(part)]
-    mine = [r for cell in papers.cells() if cell.paper == paper for runs in papers.runs_of(cell, records).values()
-            for r in runs]  # fmt: skip
-    mine += [r for runs in others for r in runs if home[r["script"]] == paper]
-    if mine:
-        lines += ["## Runs", "", *run_table(list({r["file"]: r for r in mine}.values()))]
-    scripts = dict.fromkeys(r["command"].split()[1] for r in own if r["command"])
-    told = [line for script in scripts if home[script] == paper for line in deviations(script)]
-    lines += ["## Deviations", "", *told] if told else []
-    away = [f"`{s}`: [{home[s]}]({home[s]}.md)" for s in scripts if home[s] != paper and deviations(s)]
-    lines += [f"Told elsewhere: {', '.join(away)}.", ""] if away else []
-    return "\n".join(lines).rstrip() + "\n"
+    parts = [f"# {', '.join(dict.fromkeys(r['source'] for r in own))}: every cell and run\n",
+             "Written by `python compare.py`. Acc(T) is the teacher's score in these runs, Acc(S) the student's when "
+             "it is trained on the data itself; the rest is as in [RESULTS.md](../RESULTS.md).\n",
+             *(f"## {source}, {name}\n\n{full_table(part)}" for (source, name), part in tables.items())]  # fmt: skip
+    runs = [r for row in own for r in row["runs"]] + [r for runs in others for r in runs if home[r["script"]] == paper]
+    if runs:
+        parts.append(f"## Runs\n\n{run_table({r['file']: r for r in runs}.values())}")
+    scripts = [s for s in dict.fromkeys(r["command"].split()[1] for r in own if r["command"]) if deviations(s)]
+    told = [deviations(script) for script in scripts if home[script] == paper]
+    parts += ["## Deviations\n", *told] if told else []
+    away = ", ".join(f"`{s}`: [{home[s]}]({home[s]}.md)" for s in scripts if home[s] != paper)
+    return "\n".join([*parts, f"Told elsewhere: {away}.\n"] if away else parts)
 
 
-def full_table(rows: Sequence[dict]) -> list[str]:
+def full_table(rows: Sequence[dict]) -> str:
     lines = []
     for r in rows:
         minutes = figure_of(r["minutes"], digits=1)
         minutes += f" ({figure_of(r['synthesis_minutes'], digits=1)})" if r["synthesis_minutes"] is not None else ""
         lines.append([
             r["cell"], r["dataset"], r["method"], f"{r['teacher']} → {r['student']}", r["verdict"],
-            figure_of(r["paper"], r["paper_std"]), figure_of(r["last"], r["last_std"]),
-            figure_of(r["best"], r["best_std"]), str(r["n"] or ""), figure_of(r["best_minus_paper"], sign="+"),
-            figure_of(r["teacher_score"]), figure_of(r["scratch_score"]), minutes, r["hardware"] or "",
+            *figures(r, "paper", "last", "best"), str(r["n"] or ""), figure_of(r["best_minus_paper"], sign="+"),
+            *figures(r, "teacher_score", "scratch_score"), minutes, r["hardware"] or "",
             r["differs"] or r["note"] or "", f"`{r['command']}`" if r["command"] else "none",
         ])  # fmt: skip
     head = "cell | data | method | teacher → student | verdict | published | last | best | n | best − published"
     return table(f"{head} | Acc(T) | Acc(S) | minutes (synthesis) | hardware | differs | command", lines)
 
 
-def run_table(runs: Sequence[dict]) -> list[str]:
+def run_table(runs: Iterable[dict]) -> str:
     lines = []
     for r in runs:
         teacher = r.get("teacher_weights") or {}
         made = [f"{p['epochs'][0]}-{p['epochs'][1]} {p['precision']}" for p in r["pieces"] or ()]
         lines.append([
             f"[{Path(r['file']).stem}]({r['file']})", str(r["seed"]), str(r["epochs"]), figure_of(r["last"]),
-            f"{figure_of(r['best'])} ({r['best_epoch']})", figure_of(r["mean"]), figure_of(r["variance"]),
-            figure_of(r["standard_error"]), figure_of(r.get("teacher_accuracy")),
+            f"{figure_of(r['best'])} ({r['best_epoch']})", *figures(r, "mean", "variance", "standard_error"),
+            figure_of(r.get("teacher_accuracy")),
             f"{teacher['file']} ({teacher.get('recipe') or 'no recipe'})" if teacher else "",
             ", ".join(made) if len(made) > 1 else r["precision"], figure_of(r["seconds"] / 60, digits=1),
             r["hardware"], r["commit"],
@@ -306,9 +298,9 @@ def run_table(runs: Sequence[dict]) -> list[str]:
 
 def as_csv(rows: Sequence[dict]) -> str:
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([round(v, 4) if isinstance(v, float) else v for v in map(row.get, COLUMNS)] for row in rows)
     return buffer.getvalue()
 
 
@@ -316,7 +308,7 @@ def pages(records: Sequence[dict]) -> dict[str, str]:
     """File, from RESULTS.md's folder, -> its text: all that `python compare.py` writes but the plots."""
     rows, others = collect(records)
     made = {"RESULTS.md": markdown(rows, others), "results/results.csv": as_csv(rows)}
-    return made | {f"results/{p}.md": page(p, rows, others, records) for p in sorted({*papers.PAPERS.values()})}
+    return made | {f"results/{p}.md": page(p, rows, others) for p in sorted({*papers.PAPERS.values()})}
 
 
 def with_verdicts(readme: str, rows: Sequence[dict]) -> str:
@@ -328,12 +320,9 @@ def with_verdicts(readme: str, rows: Sequence[dict]) -> str:
     first, last = MARKS
     if not re.search(f"{first}.*{last}", readme, re.S):
         raise UsageError(f"README.md lacks the marks {first} and {last}: put them where the verdicts belong")
-    run = {r["cell"] for r in rows if r["n"]}
     known = {(r["source"], r["method"], r["dataset"]) for r in rows if r["n"]}
-    lines = table("paper | method | data | verdict | best / published",
-                  [line for line in verdicts(rows) if line[:3] in known])  # fmt: skip
-    text = "\n".join([first, RULE, "", *lines, f"{len(run)} of {len({r['cell'] for r in rows})} published cells have a "
-                      "run; [RESULTS.md](RESULTS.md) has them all.", last])  # fmt: skip
+    lines = table(HEAD, [line for line in verdicts(rows) if line[:3] in known])
+    text = f"{first}\n{RULE}\n\n{lines}\n{coverage(rows)} have a run; [RESULTS.md](RESULTS.md) has them all.\n{last}"
     return readme[: readme.index(first)] + text + readme[readme.index(last) + len(last) :]
 
 
@@ -343,18 +332,15 @@ def plot_synthesis(rows: Sequence[dict], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for dataset in ("CIFAR-10", "CIFAR-100"):
         figure = Figure(figsize=(7, 4.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot(
-            xscale="log", xlabel="hours of synthesis", ylabel=f"{dataset}: test accuracy (%), WRN40-2 to WRN16-1"
-        )
+        label = f"{dataset}: test accuracy (%), WRN40-2 to WRN16-1"
+        axes = figure.add_subplot(xscale="log", xlabel="hours of synthesis", ylabel=label)
         found = [r for r in rows if r["dataset"] == dataset and r["student"] == "WRN16-1" and hours[r["cell"]]]
         for i, method in enumerate(dict.fromkeys(r["method"] for r in found)):
             own = [r for r in found if r["method"] == method]
             point = dict(color=f"C{i}", marker="o", linestyle="none")
             axes.plot(float(hours[own[0]["cell"]]), own[0]["paper"], **point, fillstyle="none", label=method)
-            for r in own:
-                if r["n"]:
-                    axes.plot(r["synthesis_minutes"] / 60, r["best"], **point)
+            run = [r for r in own if r["n"]]
+            axes.plot([r["synthesis_minutes"] / 60 for r in run], [r["best"] for r in run], **point)
         axes.plot([], [], "ko", fillstyle="none", label="published")
         axes.plot([], [], "ko", label="ours")
         axes.grid(alpha=0.3)
@@ -362,26 +348,23 @@ def plot_synthesis(rows: Sequence[dict], folder: Path) -> None:
         figure.savefig(folder / f"synthesis-{dataset.lower()}.png", dpi=120)
 
 
-def curves(paths: Sequence[str], out: str) -> None:
+def curves(files: Sequence[Path], out: str) -> None:
     """Draw metrics.csv files; a file's label is its name, or its folder's."""
-    for path in map(Path, paths):
+    for path in files:
         if not path.is_file():
             raise UsageError(f"{path} does not exist: name the metrics.csv of a run")
-    with Path(paths[0]).open() as file:
-        column = next(
-            (name for name in file.readline().strip().split(",") if name in ("mIoU", "agreement")), "accuracy"
-        )
-    labels = [
-        p.parent.name if p.name == "metrics.csv" else p.name.removesuffix(".metrics.csv") for p in map(Path, paths)
-    ]
-    plot_accuracy(out, dict(zip(labels, paths, strict=True)), column, over="epoch")
+    with files[0].open() as file:
+        columns = file.readline().strip().split(",")
+    column = next((name for name in ("mIoU", "agreement") if name in columns), "accuracy")
+    labels = [f.parent.name if f.name == "metrics.csv" else f.name.removesuffix(".metrics.csv") for f in files]
+    plot_accuracy(out, dict(zip(labels, files, strict=True)), column, over="epoch")
     print(out)
 
 
 def main(args):
     """Write or print the comparison; returns its rows."""
     if args.curves:
-        return curves(args.curves, args.out)
+        return curves([Path(path) for path in args.curves], args.out)
     records = read_records(args.results)
     if not records:
         raise UsageError(f"{args.results} has no records: copy result.json files of runs there")
@@ -404,13 +387,13 @@ def main(args):
         plot_synthesis(rows, top.parent / "results" / "plots")
         print(f"{len({r['cell'] for r in rows if r['n']})} cells with runs, {len(others)} kinds of other runs: {top}")
         return rows
-    text = {
-        "md": lambda: "\n".join(full_table(rows)),
-        "csv": lambda: as_csv(rows),
-        "json": lambda: (
-            json.dumps({"cells": rows, "others": [r["file"] for runs in others for r in runs]}, indent=1) + "\n"
-        ),
-    }[args.format]()
+    told = {
+        "cells": [{k: row[k] for k in COLUMNS} for row in rows],
+        "others": [r["file"] for runs in others for r in runs],
+    }
+    made = {"md": lambda: full_table(rows), "csv": lambda: as_csv(rows),
+            "json": lambda: json.dumps(told, indent=1) + "\n"}  # fmt: skip
+    text = made[args.format]()
     if args.out:
         Path(args.out).write_text(text)
     else:

@@ -59,7 +59,7 @@ from torch import Tensor, nn
 import papers
 from data import SOURCES, get_images, preset_of
 from datafree import checkpoint
-from datafree.cli import Parser, cli, describe_presets, number
+from datafree.cli import PICTURES, Parser, cli, describe_presets, number
 from datafree.errors import UsageError
 from datafree.hooks import BatchNormHooks
 from datafree.pool import ImagePool, read_raw
@@ -124,6 +124,7 @@ def parse_args(argv=None):
         metavar="DIR",
         help="where --export_images writes (default: <run folder>/images); by itself it means --export_images png",
     )
+    p.add(PICTURES)
     p.add_run()
     args = p.parse_args(argv)
     method, recipe = METHODS[args.method], preset_for(args)

@@ -45,7 +45,7 @@ Differences from the published code:
 """
 
 import papers
-from datafree.cli import Parser, cli, describe_presets, number
+from datafree.cli import PICTURES, Parser, cli, describe_presets, number
 from datafree.errors import UsageError
 from datafree.hooks import BatchNormHooks
 from datafree.pool import ImagePool
@@ -73,6 +73,7 @@ def parse_args(argv=None):
         help="images of the pool that stay on the device, 0.15 MB each at 224 pixels, the others wait in the host's "
         "memory (default: %(default)s)",
     )
+    p.add(PICTURES)
     p.add_run()
     args = p.parse_args(argv)
     networks = dict(teacher="resnet50_imagenet", student="resnet18_imagenet")

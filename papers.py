@@ -19,6 +19,7 @@ from pathlib import Path
 from data import SOURCES
 from datafree.cli import FREE
 from datafree.errors import UsageError
+from datafree.synthesis import METHODS
 from datafree.teachers import recipe_for
 
 TABLES = Path(__file__).resolve().parent / "results" / "paper_tables.csv"
@@ -40,21 +41,16 @@ NETWORKS = {
 TEACHERS_OF = {"dfnd": "dafl", "mmrazor": "fast"}
 SCRATCH = ("Student scratch", "Student", "Scratch")
 # Related and unrelated transfer sets, below --data_root where they are no data set: the tables do not name DFAD's.
-RELATED = {"mnist": "svhn", "cifar10": "cifar100", "cifar100": "cifar10", "caltech101": "stl10",
-           "camvid": "cityscapes", "nyuv2": "sunrgbd"}  # fmt: skip
-UNRELATED = {"mnist": "cifar10", "cifar10": "svhn", "cifar100": "svhn", "caltech101": "celeba",
-             "camvid": "voc2012", "nyuv2": "voc2012"}  # fmt: skip
+TRANSFER = {
+    "mnist": ("svhn", "cifar10"), "cifar10": ("cifar100", "svhn"), "cifar100": ("cifar10", "svhn"),
+    "caltech101": ("stl10", "celeba"), "camvid": ("cityscapes", "voc2012"), "nyuv2": ("sunrgbd", "voc2012"),
+}  # fmt: skip
 DFAD = {"mnist": "DFAD_mnist", "cifar10": "DFAD_cifar", "cifar100": "DFAD_cifar", "caltech101": "DFAD_caltech101",
         "camvid": "DFAD_camvid_deeplab", "nyuv2": "DFAD_nyu_deeplab"}  # fmt: skip
 # Scripts of one data set, without --dataset.
 OF_ONE = ("DFAD_camvid_deeplab", "DFAD_nyu_deeplab", "datafree_kd_imagenet")
 # Method of Fast-Datafree's tables -> flags of datafree_kd.py.
-FAST = {
-    "DAFL": "--method dafl", "ZSKT": "--method zskt", "DFQ": "--method dfq",
-    "DeepInv-2k": "--method deepinv --g_steps 2000", "CMI-500": "--method cmi --g_steps 500",
-    "Fast-2": "--method fast_meta --g_steps 2", "Fast-5": "--method fast_meta --g_steps 5",
-    "Fast-10": "--method fast_meta --g_steps 10",
-}  # fmt: skip
+FAST = {row: f"--method {name} {flags}" for name, method in METHODS.items() for row, flags in method.rows.items()}
 NAYER = "NAYER is not built"
 UNKNOWN = "the figure does not say with which settings NAYER's authors ran Fast-Datafree"
 WITHOUT = {
@@ -189,26 +185,24 @@ def _cell(name: str, row: Mapping[str, str], paper: str) -> Cell:
 
 def _command(paper: str, dataset: str, method: str) -> str:
     """The script of a method with a teacher, and its flags but for data and networks."""
+    related, unrelated = TRANSFER.get(dataset, (None, None))
     transfer = {
         "KD original data": "original", "KD-ORI": "original", "KD": "original --alpha 0.9 --beta 0.1",
-        "Random noise (normal distribution)": "noise", "RANDOM": "noise",
-        "KD alternative data (USPS)": "usps", "KD alternative data (similar)": RELATED.get(dataset),
-        "Places365+KD": "places365", "KD-REL": RELATED.get(dataset), "KD-UNR": UNRELATED.get(dataset),
-    }.get(method)  # fmt: skip
-    if transfer:
-        return f"vanilla_kd{'_seg' * (dataset in SEGMENTATION.values())} --transfer_set {transfer}"
-    if paper == "fast" and method in FAST:
+        "Random noise (normal distribution)": "noise", "RANDOM": "noise", "KD alternative data (USPS)": "usps",
+        "KD alternative data (similar)": related, "KD-REL": related, "KD-UNR": unrelated, "Places365+KD": "places365",
+    }  # fmt: skip
+    if method in transfer:
+        return f"vanilla_kd{'_seg' * (dataset in SEGMENTATION.values())} --transfer_set {transfer[method]}"
+    if method in FAST and paper == "fast" or method == "DeepInversion":
         return f"datafree_kd {FAST[method]}"
-    if paper == "mmrazor" and method != "ZSKT":
-        return f"{DFAD[dataset] if method == 'DFAD' else 'DAFL_train'} --variant mmrazor"
+    variant = " --variant mmrazor" * (paper == "mmrazor")
     return {
-        "DAFL": "DAFL_train",
+        "DAFL": f"DAFL_train{variant}",
         "ZSKT": "ZSKT_train",
-        # Without the falling rates a published run does not get there; MNIST's script does without.
-        "DFAD": DFAD.get(dataset, "") + " --scheduler" * (dataset != "mnist"),
+        # Without the falling rates a published run does not get there; MNIST's script does without, MMRazor has none.
+        "DFAD": DFAD.get(dataset, "") + (variant or " --scheduler" * (dataset != "mnist")),
         "DFND": "DFND_train --wild imagenet/train",
         "Random wild images": "DFND_train --wild imagenet/train --selection random",
-        "DeepInversion": "datafree_kd --method deepinv",
         "Fast-50": "datafree_kd_imagenet",
     }[method]
 

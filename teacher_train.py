@@ -9,14 +9,13 @@
 
 The best weights (by test accuracy, as in the papers) are copied to
 checkpoints/<dataset>-<model>-<recipe>.pt, where the distillation scripts look for the teacher of
-their paper; the run's record is in runs/. Both the last and the best accuracy are reported.
---pretrained only tests torchvision's ImageNet weights and copies them there; here and in all
+their paper. --pretrained only tests torchvision's ImageNet weights and copies them there; in all
 scripts ImageNet's test images are whole central squares, torchvision's numbers are of their
 central 7/8.
 
---model defaults to the data set's usual teacher: LeNet-5 for MNIST and its like, WRN-40-2 for
-CIFAR-10 and its like. Recipes (--recipe; the default is the one published for the model and the
-data set); steps multiply lr by gamma at the milestones, cosine takes it to 0 at the end:
+--model defaults to the data set's usual teacher. Recipes (--recipe; the default is the one
+published for the model and the data set); steps multiply lr by gamma at the milestones, cosine
+takes it to 0 at the end:
 {recipes}
 Differences from the published code: x0.1 at fixed epochs is written as fractions of --n_epochs,
 so that a shorter run keeps the schedule's shape. Fast-Datafree's weight decay of 1e-4 is kept as
@@ -49,16 +48,14 @@ def parse_args(argv=None):
     p.add_argument("--recipe", choices=sorted(RECIPES), help="(default: the published one)")
     text = f"train nothing: take torchvision's IMAGENET1K_V1 weights of {', '.join(PRETRAINED)}"
     p.add_argument("--pretrained", action="store_true", help=text)
+    # fmt: off
     p.add_recipe(
-        optimizer="its name",
-        lr="learning rate, at first",
-        weight_decay="of the optimiser",
-        batch_size="images of an iteration",
-        n_epochs="passes over the training images",
+        optimizer="its name", lr="learning rate, at first", weight_decay="of the optimiser",
+        batch_size="images of an iteration", n_epochs="passes over the training images",
         schedule="of the learning rate: steps at --milestones, or cosine to 0",
-        milestones="of steps: lr x gamma at these fractions of the epochs",
-        gamma="of steps",
+        milestones="of steps: lr x gamma at these fractions of the epochs", gamma="of steps",
     )
+    # fmt: on
     p.add_run()
     args = p.parse_args(argv)
     args.model = args.model or SOURCES[args.dataset].pair[0]
@@ -111,8 +108,7 @@ def main(args):
         checkpoint.load_weights(s.student, fetch(args.model), f"torchvision's {PRETRAINED[args.model]}", args.model)
         batches, images = (), "pretrained"
     else:
-        # A last batch of one image would stop BatchNorm on a 1x1 map.
-        one_left = len(s.data.train) % args.batch_size == 1
+        one_left = len(s.data.train) % args.batch_size == 1  # would stop BatchNorm on a 1x1 map
         batches = s.data.train.batches(args.batch_size, shuffle=True, device=s.runtime.device, drop_last=one_left)
         images = f"recipe {args.recipe}, {len(s.data.train)} training images"
     optimizer = make_optimizer(args.optimizer, s.student.parameters(), args.lr, args.weight_decay)

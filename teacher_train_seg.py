@@ -11,11 +11,9 @@ test images, as in the paper) go to checkpoints/<dataset>-<model>.pt.
 
 Published settings:
 {presets}
-The published backbone starts from ImageNet's weights. They are downloaded for ResNet-50 where a
-network is there, or read from --backbone_weights; otherwise everything is trained from scratch,
-which costs many points of mIoU on a few hundred images. The line at the start says which.
-
-Differences from the published code: without ImageNet's weights it goes on, from scratch.
+The published backbone starts from ImageNet's weights: they are downloaded for ResNet-50 or read
+from --backbone_weights. Difference from the published code: without them it goes on, from scratch,
+which costs many points of mIoU on a few hundred images; the line at the start says so.
 """
 
 import argparse
@@ -35,28 +33,30 @@ from datafree.session import Session
 from datafree.teachers import PRETRAINED, fetch, save_teacher, teacher_file
 from models import SEGMENTERS
 
-CAMVID = dict(
-    model="deeplabv3_resnet50", lr=0.1, weight_decay=5e-4, batch_size=16, n_epochs=200, milestones=[0.5], crop=128
-)
+# fmt: off
+CAMVID = dict(model="deeplabv3_resnet50", lr=0.1, weight_decay=5e-4, batch_size=16, n_epochs=200, milestones=[0.5],
+              crop=128)
 PRESETS = {"camvid": CAMVID, "nyuv2": CAMVID | dict(lr=0.05)}
+RECIPE = dict(
+    lr="learning rate, at first", weight_decay="of SGD", batch_size="images of an iteration",
+    n_epochs="passes over the training images", milestones="lr x 0.1 at these fractions of the epochs",
+    crop="side of the training crops in pixels",
+)
+FLAGS = (
+    ("--backbone_weights", "a state dict of torchvision's classifier, or none for scratch (default: torchvision's, if "
+     "it can be had)", dict(metavar="FILE")),
+    ("--save_img", "at the end write N test images beside ground truth and prediction (default: %(default)s)",
+     dict(type=number(int, 0), default=4, metavar="N")),
+)
+# fmt: on
 
 
 def parse_args(argv=None):
     p = Parser(__file__, __doc__.format(presets=describe_presets(PRESETS)))
     p.add_argument("--dataset", choices=SEGMENTATIONS, default="camvid", help="(default: %(default)s)")
     p.add_networks(SEGMENTERS, ("model",))
-    p.add_recipe(
-        lr="learning rate, at first",
-        weight_decay="of SGD",
-        batch_size="images of an iteration",
-        n_epochs="passes over the training images",
-        milestones="lr x 0.1 at these fractions of the epochs",
-        crop="side of the training crops in pixels",
-    )
-    text = "a state dict of torchvision's classifier, or none for scratch (default: torchvision's, if it can be had)"
-    p.add_argument("--backbone_weights", metavar="FILE", help=text)
-    text = "at the end write N test images beside ground truth and prediction (default: %(default)s)"
-    p.add_argument("--save_img", type=number(int, 0), default=4, metavar="N", help=text)
+    p.add_recipe(**RECIPE)
+    p.add(*FLAGS)
     p.add_run()
     args = p.parse_args(argv)
     return p.complete(args, PRESETS[args.dataset])
@@ -96,24 +96,20 @@ def load_backbone(model: nn.Module, args: argparse.Namespace) -> str:
     """
     if args.backbone_weights == "none":
         return "backbone from scratch"
-    if args.backbone_weights:
-        path = args.backbone_weights
+    if path := args.backbone_weights:
         state = checkpoint.weights(checkpoint.read(path), path)
-    elif args.model == "deeplabv3_resnet50":
+    elif args.model != "deeplabv3_resnet50":
+        return f"no ImageNet weights are known for {args.model}: backbone from scratch"
+    else:
         try:
-            state = fetch("resnet50_imagenet")
+            state, path = fetch("resnet50_imagenet"), f"torchvision's {PRETRAINED['resnet50_imagenet']}"
         except UsageError as error:
             return f"{error}; backbone from scratch, which costs many points: --backbone_weights FILE brings them, too"
-        path = f"torchvision's {PRETRAINED['resnet50_imagenet']}"
-    else:
-        return f"no ImageNet weights are known for {args.model}: backbone from scratch"
     own = getattr(model, "backbone", model).state_dict()
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     if len(fitting) < len(own):
-        raise UsageError(
-            f"{path} fits {len(fitting)} of {len(own)} tensors of the backbone of "
-            f"{args.model}: give weights of the same network, or none"
-        )
+        part = f"{len(fitting)} of {len(own)} tensors of the backbone of {args.model}"
+        raise UsageError(f"{path} fits {part}: give weights of the same network, or none")
     model.backbone.load_state_dict(fitting)
     return f"backbone from {path}"
 
@@ -129,8 +125,8 @@ def main(args):
     origin = load_backbone(s.student, args)
     optimizer = make_optimizer("sgd", s.student.parameters(), args.lr, args.weight_decay)
     s.start(student=s.student, optimizer=optimizer)
-    where = f"{s.runtime.precision} on {s.runtime.device}"
-    s.run.log(f"{args.model} on {s.data.name}: {images} training images; {origin}; {where}")
+    text = f"{args.model} on {s.data.name}: {images} training images; {origin}"
+    s.run.log(f"{text}; {s.runtime.precision} on {s.runtime.device}")
     for epoch in s.epochs(images // args.batch_size, args.batch_size):
         set_lr(optimizer, lr_at(epoch, args.lr, args.n_epochs, args.milestones))
         s.record(train_epoch(s, optimizer))

@@ -50,6 +50,17 @@ PRESETS = {
     "imagenet": CIFAR | dict(batch_size=100),
     "celeba": CIFAR | dict(optimizer="adam", lr=1e-4, weight_decay=0.0, n_epochs=20),
 }
+TRANSFER = (
+    ("--transfer_set", f"original, noise, another data set ({', '.join(DATASETS)}), or a folder or zip of images at "
+     "any depth, as it is or below --transfer_root (default: %(default)s)", dict(default="original", metavar="SET")),
+    ("--transfer_root", "where the transfer set is (default: --data_root)", dict(metavar="DIR")),
+    ("--scratch", "no teacher: the same as --alpha 0 --beta 1", dict(action="store_true")),
+)
+RECIPE = dict(
+    alpha="weight of the teacher's answers", beta="weight of the labels", T="temperature", optimizer="of the student",
+    lr="learning rate, at first", weight_decay="of the student", batch_size="images of an iteration",
+    n_epochs="passes over the transfer set", milestones="lr x 0.1 at these fractions of the epochs",
+)
 # fmt: on
 IN_MEMORY = 2**32  # bytes of decoded images above which a folder is read anew in each epoch
 
@@ -57,33 +68,15 @@ IN_MEMORY = 2**32  # bytes of decoded images above which a folder is read anew i
 def parse_args(argv=None):
     p = Parser(__file__, __doc__.format(presets=describe_presets(PRESETS)))
     p.add_dataset(none=False)
-    text = (
-        f"original, noise, another data set ({', '.join(DATASETS)}), or a folder or zip of images at any depth, as it "
-        "is or below --transfer_root (default: %(default)s)"
-    )
-    p.add_argument("--transfer_set", default="original", metavar="SET", help=text)
-    text = "where the transfer set is (default: --data_root)"
-    p.add_argument("--transfer_root", metavar="DIR", help=text)
-    p.add_argument("--scratch", action="store_true", help="no teacher: the same as --alpha 0 --beta 1")
+    p.add(*TRANSFER)
     p.add_networks()
-    p.add_recipe(
-        alpha="weight of the teacher's answers",
-        beta="weight of the labels",
-        T="temperature",
-        optimizer="of the student",
-        lr="learning rate, at first",
-        weight_decay="of the student",
-        batch_size="images of an iteration",
-        n_epochs="passes over the transfer set",
-        milestones="lr x 0.1 at these fractions of the epochs",
-    )
+    p.add_recipe(**RECIPE)
     p.add_run()
     args = p.parse_args(argv)
-    preset = preset_of(args.dataset, PRESETS)
+    preset, source = preset_of(args.dataset, PRESETS), path_word(args.transfer_set)
     if args.scratch:
-        preset = preset | dict(alpha=0.0, beta=1.0)
+        preset, source = preset | dict(alpha=0.0, beta=1.0), "scratch"
         args.alpha = args.beta = None
-    source = "scratch" if args.scratch else path_word(args.transfer_set)
     args = p.complete(args, preset, words=[source], named=["transfer_set", "scratch"])
     if args.beta and args.transfer_set != "original":
         p.error("--beta weighs labels, which only --transfer_set original has")
@@ -142,12 +135,11 @@ def main(args):
     else:
         images, transform = data.train, s.transform
         if not original:
-            root = args.transfer_root or args.data_root
-            images, fingerprint = get_wild(args.transfer_set, root, data.img_size, data.channels)
+            where = args.transfer_set, args.transfer_root or args.data_root
+            images, fingerprint = get_wild(*where, data.img_size, data.channels)
             facts = {"transfer_images": len(images), "transfer_fingerprint": fingerprint}
         images = images.in_memory(IN_MEMORY).to(device)
-        # A last batch of one image would stop BatchNorm on a 1x1 map.
-        one_left = len(images) % args.batch_size == 1
+        one_left = len(images) % args.batch_size == 1  # would stop BatchNorm on a 1x1 map
         batches = images.batches(args.batch_size, shuffle=True, device=device, drop_last=one_left)
     optimizer = make_optimizer(args.optimizer, s.student.parameters(), args.lr, args.weight_decay)
     for epoch in s.epochs(len(batches), args.batch_size, student=s.student, optimizer=optimizer):

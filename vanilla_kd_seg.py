@@ -48,30 +48,28 @@ from models import SEGMENTERS
 # fmt: off
 PRESET = dict(teacher="deeplabv3_resnet50", student="deeplabv3_mobilenet", lr=0.1, weight_decay=5e-4, batch_size=16,
               n_epochs=200, milestones=[0.5], crop=128)
+SETS = (
+    ("--dataset", "the teacher's data set (default: %(default)s)", dict(choices=SEGMENTATIONS, default="camvid")),
+    ("--transfer_set", "original, noise, a data set, or a folder (any depth) or zip of images, as it is or below "
+     "--data_root (default: %(default)s)", dict(default="original", metavar="SET")),
+)
+RECIPE = dict(
+    lr="learning rate, at first", weight_decay="of SGD", batch_size="images of an iteration",
+    n_epochs="passes over the transfer set", milestones="lr x 0.1 at these fractions of the epochs",
+    crop="side in pixels of the images that the student learns on",
+)
+SAVE_IMG = ("--save_img", "at the end write N test images beside ground truth, teacher's and student's classes "
+            "(default: %(default)s)", dict(type=number(int, 0), default=4, metavar="N"))
 # fmt: on
 IN_MEMORY = 2**30  # bytes of pixels up to which a folder's images are decoded once and kept
 
 
 def parse_args(argv=None):
     p = Parser(__file__, __doc__.format(presets=describe_presets({"camvid, nyuv2": PRESET})))
-    text = "the teacher's data set (default: %(default)s)"
-    p.add_argument("--dataset", choices=SEGMENTATIONS, default="camvid", help=text)
-    text = (
-        "original, noise, a data set, or a folder (any depth) or zip of images, as it is or below --data_root "
-        "(default: %(default)s)"
-    )
-    p.add_argument("--transfer_set", default="original", metavar="SET", help=text)
+    p.add(*SETS)
     p.add_networks(SEGMENTERS)
-    p.add_recipe(
-        lr="learning rate, at first",
-        weight_decay="of SGD",
-        batch_size="images of an iteration",
-        n_epochs="passes over the transfer set",
-        milestones="lr x 0.1 at these fractions of the epochs",
-        crop="side in pixels of the images that the student learns on",
-    )
-    text = "at the end write N test images beside ground truth, teacher's and student's classes (default: %(default)s)"
-    p.add_argument("--save_img", type=number(int, 0), default=4, metavar="N", help=text)
+    p.add_recipe(**RECIPE)
+    p.add(SAVE_IMG)
     p.add_run()
     args = p.parse_args(argv)
     return p.complete(args, PRESET, words=[path_word(args.transfer_set)], named=["transfer_set"])
@@ -126,9 +124,7 @@ def main(args):
         facts = {"transfer_images": len(images), "transfer_fingerprint": fingerprint}
     size = len(s.data.train if own else images)
     if size < args.batch_size:
-        raise UsageError(
-            f"--batch_size {args.batch_size} does not fit into {size} images of the transfer set: lower it"
-        )
+        raise UsageError(f"--batch_size {args.batch_size} does not fit into {size} images to transfer: lower it")
     if not own:
         images = images.in_memory(IN_MEMORY).to(s.runtime.device)
     optimizer = make_optimizer("sgd", s.student.parameters(), args.lr, args.weight_decay)

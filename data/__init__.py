@@ -76,7 +76,7 @@ DATASETS = SOURCES.keys()  # a live view: what is registered later belongs to it
 
 
 def TEST_SETS() -> tuple[str, ...]:
-    """``DATASETS`` and "none", of which nothing but its classes and its size are known."""
+    """``DATASETS`` and "none", of which only the classes and the size are known."""
     return (*DATASETS, "none")
 
 
@@ -125,23 +125,14 @@ class Dataset:
 
     def to(self, device) -> "Dataset":
         """A copy whose batches come out on ``device``; splits in memory live there."""
-        splits = {"train": self.train, "test": self.test}
-        return replace(self, **{name: s.to(device) for name, s in splits.items() if s is not None})
+        return replace(self, train=self.train and self.train.to(device), test=self.test and self.test.to(device))
 
 
 def get_dataset(
-    name: str,
-    root: str | Path = "./datasets",
-    img_size: int | None = None,
-    channels: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    attribute: str | None = None,
-    download: bool = True,
-    in_memory_limit: int = 2**30,
-    train: bool = True,
-    num_classes: int | None = None,
-) -> Dataset:
+    name: str, root: str | Path = "./datasets", img_size: int | None = None, channels: int | None = None,
+    mean: Sequence[float] | None = None, std: Sequence[float] | None = None, attribute: str | None = None,
+    download: bool = True, in_memory_limit: int = 2**30, train: bool = True, num_classes: int | None = None,
+) -> Dataset:  # fmt: skip
     """Finds, or downloads into ``root``, one of ``DATASETS``; "none" has no images at all.
 
     img_size, channels, mean and std replace the dataset's own. Images are square afterwards
@@ -172,9 +163,7 @@ def get_dataset(
 
     if name == "none":
         if not (num_classes and img_size):
-            raise DataError(
-                "dataset none has no images to take classes and size from: give --num_classes and --img_size"
-            )
+            raise DataError("dataset none has no images to learn its classes from: give --num_classes and --img_size")
         classes = tuple(map(str, range(num_classes)))
         return Dataset(name, None, None, classes, mean, std, img_size, channels, img_size // 8, True, "none")
 
@@ -195,19 +184,9 @@ def get_dataset(
         img_size = img_size or source.img_size or side_of(first.paths[0])
         splits, computed, digest = open_files(splits, raw.root, img_size, channels, in_memory_limit, needed)
     own_mean, own_std = computed or (source.mean, source.std)
-    return Dataset(
-        name=name,
-        train=splits.get("train"),
-        test=splits["test"],
-        class_names=raw.class_names,
-        mean=mean or _follow(own_mean, channels),
-        std=std or _follow(own_std, channels),
-        img_size=img_size,
-        channels=channels,
-        padding=img_size // 8 if source.crop else 0,
-        flip=source.flip,
-        fingerprint=digest,
-    )
+    mean, std = mean or _follow(own_mean, channels), std or _follow(own_std, channels)
+    parts, pad = (splits.get("train"), splits["test"]), img_size // 8 if source.crop else 0
+    return Dataset(name, *parts, raw.class_names, mean, std, img_size, channels, pad, source.flip, digest)
 
 
 def get_wild(source: str, root: str | Path, img_size: int, channels: int):

@@ -43,9 +43,8 @@ def load_folder(root: Path, splits: Sequence[str], *_) -> Raw:
             raise DataError(f"no class folders in {root / split}: put the images into {wanted}")
         odd = sorted(set(names[split]) ^ set(names["test"]))
         if odd:
-            has, lacks = (split, "test") if odd[0] in names[split] else ("test", split)
-            text = "both splits need the same class folders"
-            raise DataError(f"class '{odd[0]}' is in {root / has} but not in {root / lacks}: {text}")
+            has, lacks = (root / split, root / "test")[:: 1 if odd[0] in names[split] else -1]
+            raise DataError(f"class '{odd[0]}' is in {has} but not in {lacks}: both splits need the same class folders")
     found = {split: list_split(root / split, names["test"]) for split in splits}
     return Raw(tuple(names["test"]), **found, root=root)
 

@@ -107,12 +107,9 @@ class Segmentation:
 
 
 def get_segmentation(
-    name: str,
-    root: str | Path = "./datasets",
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    train: bool = True,
-) -> Segmentation:
+    name: str, root: str | Path = "./datasets", mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None, train: bool = True,
+) -> Segmentation:  # fmt: skip
     """Reads one of ``SEGMENTATIONS`` from ``root`` or the folder of that name below it.
 
     mean and std, three values each, replace 0.5. train: False to read the test split alone.
@@ -120,8 +117,7 @@ def get_segmentation(
     Raises DataError, one line that names the cure.
     """
     if name not in SEGMENTATIONS:
-        known = " ".join(SEGMENTATIONS)
-        raise DataError(f"unknown segmentation data '{name}'; choose one of: {known}")
+        raise DataError(f"unknown segmentation data '{name}'; choose one of: {' '.join(SEGMENTATIONS)}")
     mean, std = per_channel("mean", mean, 3), per_channel("std", std, 3)
     source = SEGMENTATIONS[name]
     root = Path(root).expanduser()
@@ -136,9 +132,8 @@ def _place(root: Path, name: str, folders: tuple[str, ...], wanted: str) -> Path
     for place in places:
         if (place / wanted).exists():
             return place
-    raise DataError(
-        f"no {name}: looked for {wanted} in {', '.join(map(str, places))}; unpack it into one of these folders"
-    )
+    looked = f"looked for {wanted} in {', '.join(map(str, places))}"
+    raise DataError(f"no {name}: {looked}; unpack it into one of these folders")
 
 
 def _camvid(root: Path, split: str) -> list[tuple[Path, Path]]:
@@ -181,16 +176,14 @@ class SegmentationSource:
 
 
 CAMVID = {
-    "sky": (128, 128, 128), "building": (128, 0, 0), "pole": (192, 192, 128),
-    "road": (128, 64, 128), "pavement": (60, 40, 222), "tree": (128, 128, 0),
-    "sign": (192, 128, 128), "fence": (64, 64, 128), "car": (64, 0, 128),
-    "pedestrian": (64, 64, 0), "bicyclist": (0, 128, 192),
+    "sky": (128, 128, 128), "building": (128, 0, 0), "pole": (192, 192, 128), "road": (128, 64, 128),
+    "pavement": (60, 40, 222), "tree": (128, 128, 0), "sign": (192, 128, 128), "fence": (64, 64, 128),
+    "car": (64, 0, 128), "pedestrian": (64, 64, 0), "bicyclist": (0, 128, 192),
 }  # fmt: skip
 NYUV2 = {
-    "bed": (0, 0, 255), "books": (233, 89, 48), "ceiling": (0, 218, 0), "chair": (149, 0, 240),
-    "floor": (222, 241, 24), "furniture": (255, 206, 206), "objects": (0, 224, 229),
-    "picture": (106, 136, 204), "sofa": (117, 29, 41), "table": (240, 35, 235),
-    "tv": (0, 167, 156), "wall": (249, 139, 0), "window": (225, 229, 194),
+    "bed": (0, 0, 255), "books": (233, 89, 48), "ceiling": (0, 218, 0), "chair": (149, 0, 240), "floor": (222, 241, 24),
+    "furniture": (255, 206, 206), "objects": (0, 224, 229), "picture": (106, 136, 204), "sofa": (117, 29, 41),
+    "table": (240, 35, 235), "tv": (0, 167, 156), "wall": (249, 139, 0), "window": (225, 229, 194),
 }  # fmt: skip
 SEGMENTATIONS = {
     "camvid": SegmentationSource(_camvid, CAMVID, 11, "CamVid"),
@@ -207,10 +200,8 @@ def _read(pairs: list[tuple[Path, Path]], num_classes: int, void: int) -> Segmen
     for image_path, label_path in tqdm(pairs, "reading images", leave=False, delay=2, disable=None):
         image, label = _open(image_path, "RGB"), _open(label_path, None)
         if image.size != label.size:
-            raise DataError(
-                f"{image_path} is {image.width}x{image.height}, {label_path} {label.width}x"
-                f"{label.height}: image and label must have the same size"
-            )
+            sizes = f"{image_path} is {image.width}x{image.height}, {label_path} {label.width}x{label.height}"
+            raise DataError(f"{sizes}: image and label must have the same size")
         values = np.asarray(label)
         if values.ndim != 2 or values.dtype != np.uint8:
             raise DataError(f"{label_path} is no 8-bit grey or palette picture: fetch it again")

@@ -10,7 +10,6 @@ import gzip
 import io
 import itertools
 import random
-import shutil
 import socket
 import sys
 import tempfile
@@ -52,9 +51,7 @@ class Files:
 
     def __call__(self, root: Path, splits: Sequence[str], download: bool, attribute: str | None) -> Raw:
         places = [root / folder for folder in (self.name, *self.also, "")]
-        kinds = [
-            (list(dict.fromkeys(file for split in splits for file in files(split))), read) for files, read in self.kinds
-        ]
+        kinds = [(list(dict.fromkeys(itertools.chain(*map(files, splits)))), read) for files, read in self.kinds]
 
         def find() -> Raw | None:
             for (files, read), place in itertools.product(kinds, places):
@@ -68,10 +65,8 @@ class Files:
                 except ImportError as error:  # scipy reads SVHN
                     raise DataError(f"{one_line(error)}: install it with pip") from None
                 except Exception as error:  # pickle, scipy and text parsers raise nearly anything
-                    raise DataError(
-                        f"{', '.join(files)} in {place} is incomplete or damaged ({one_line(error)}): delete it "
-                        "and run again to download it, or put a good copy there"
-                    ) from None
+                    text = f"{', '.join(files)} in {place} is incomplete or damaged ({one_line(error)}): delete it and "
+                    raise DataError(f"{text}run again to download it, or put a good copy there") from None
             return None
 
         found, reason = find(), "was not asked for"
@@ -80,10 +75,8 @@ class Files:
             found = find()
         if not found:
             wanted = " or ".join(", ".join(files) for files, _ in kinds)
-            raise DataError(
-                f"no {self.name}: looked for {wanted} in {', '.join(map(str, places))}, and a download {reason}; "
-                "put the files into one of these folders, or run once with a network"
-            )
+            text = f"no {self.name}: looked for {wanted} in {', '.join(map(str, places))}, and a download {reason}"
+            raise DataError(f"{text}; put the files into one of these folders, or run once with a network")
         return found
 
 
@@ -171,8 +164,8 @@ def _plain_or_gz(path: Path) -> Path | None:
     return next((p for p in (path, path.with_name(f"{path.name}.gz")) if p.exists()), None)
 
 
-def _cifar(cls: type) -> tuple[Callable, Callable]:
-    """The original batches: 50,000 + 10,000 images, 32x32."""
+def _cifar(cls: type, *others: tuple[Callable, Callable], also: tuple[str, ...] = ()) -> Files:
+    """A. Krizhevsky 2009: 50,000 + 10,000 images, 32x32; the original batches, or other kinds of files."""
 
     def read(place, splits, attribute):
         # torchvision wants all batches, whichever it reads.
@@ -181,7 +174,8 @@ def _cifar(cls: type) -> tuple[Callable, Callable]:
         images = {split: _tensors(f.data.transpose(0, 3, 1, 2), f.targets) for split, f in found.items()}
         return Raw(tuple(found["test"].classes), **images)
 
-    return lambda split: (cls.base_folder,), read
+    kinds = (lambda split: (cls.base_folder,), read), *others
+    return Files(cls.__name__.lower(), kinds, lambda folder, _: cls(folder, False, download=True), also)
 
 
 def _read_sheets(place, split):
@@ -207,7 +201,7 @@ def _read_cifar10_folders(place, splits, attribute):
     if tuple(class_folders(place / splits[0])) != CIFAR10_CLASSES:
         return None
     raw = load_folder(place, splits)
-    paths = [*raw.test.paths, *(raw.train.paths if raw.train else ())]
+    paths = itertools.chain(*(getattr(raw, split).paths for split in splits))
     if any(path.suffix.lower() in (".jpg", ".jpeg") for path in paths):
         _notice("cifar10: JPEG copies, on which networks trained on the original pixels lose 10 to 13 points")
     return raw
@@ -218,20 +212,14 @@ def _notice(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-# A. Krizhevsky 2009: 10 and 100 classes. Lossless copies stand before class folders, usually lossy JPEGs.
-load_cifar10 = Files(
-    "cifar10",
-    (
-        _cifar(datasets.CIFAR10),
-        (lambda _: ("cifar10_lossless.zip",), _arrays(CIFAR10_CLASSES, _read_sheets)),
-        (lambda split: (f"{split}/airplane",), _read_cifar10_folders),
-    ),
-    lambda folder, _: datasets.CIFAR10(folder, False, download=True),
-    ("cifar10_lossless",),
+# Lossless copies stand before class folders, usually lossy JPEGs.
+load_cifar10 = _cifar(
+    datasets.CIFAR10,
+    (lambda _: ("cifar10_lossless.zip",), _arrays(CIFAR10_CLASSES, _read_sheets)),
+    (lambda split: (f"{split}/airplane",), _read_cifar10_folders),
+    also=("cifar10_lossless",),
 )
-load_cifar100 = Files(
-    "cifar100", (_cifar(datasets.CIFAR100),), lambda folder, _: datasets.CIFAR100(folder, False, download=True)
-)
+load_cifar100 = _cifar(datasets.CIFAR100)
 
 
 def _read_svhn(place, split):
@@ -311,8 +299,7 @@ def read_caltech101(place: Path, splits: Sequence[str], *_) -> Raw:
     for label, name in enumerate(names):
         by_name = {path.name: path for path in images_below(folder / name)}
         if len(by_name) < 3:
-            cure = "unpack the original archive again, every class has 31 or more"
-            raise DataError(f"{len(by_name)} image(s) in {folder / name}: {cure}")
+            raise DataError(f"{len(by_name)} image(s) in {folder / name}, not 31 or more: unpack the archive again")
         for split, found in zip(paths, split_class(list(by_name)), strict=True):
             paths[split] += [by_name[n] for n in found]
             labels[split] += [label] * len(found)
@@ -341,11 +328,8 @@ def load_imagenet(root: Path, splits: Sequence[str], *_) -> Raw:
             found = {split: list_split(folder, names) for split, folder in folders.items()}
             return Raw(tuple(names), **found, root=place)
     wanted = " and ".join(f"{'val' if split == 'test' else split}/<class>/" for split in splits)
-    raise DataError(
-        f"no imagenet: looked for {wanted} in {places[0]} and {places[1]}; "
-        "it is not downloaded: register at image-net.org and put the images there, those for "
-        "validation into class folders of the same names, too"
-    )
+    cure = "register at image-net.org and put the images there, those for validation into the same class folders"
+    raise DataError(f"no imagenet: looked for {wanted} in {places[0]} and {places[1]}; it is not downloaded: {cure}")
 
 
 def _download(fetch: Callable, root: Path, splits: Sequence[str]) -> str:
@@ -353,27 +337,23 @@ def _download(fetch: Callable, root: Path, splits: Sequence[str]) -> str:
 
     A failed or interrupted download therefore leaves nothing behind.
     """
-    existed = root.exists()
-    timeout = socket.getdefaulttimeout()
-    temporary = None
+    existed, timeout = root.exists(), socket.getdefaulttimeout()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".download-", dir=root))
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-        with contextlib.redirect_stdout(io.StringIO()):  # the progress bar goes to stderr
-            fetch(temporary, splits)
-        for path in temporary.rglob("*"):
-            if path.is_file() and path.suffix not in ARCHIVES:
-                target = root / path.relative_to(temporary)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                path.replace(target)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=root, ignore_cleanup_errors=True) as temporary:
+            with contextlib.redirect_stdout(io.StringIO()):  # the progress bar goes to stderr
+                fetch(Path(temporary), splits)
+            for path in Path(temporary).rglob("*"):
+                if path.is_file() and path.suffix not in ARCHIVES:
+                    target = root / path.relative_to(temporary)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    path.replace(target)
         return "found nothing"
     except Exception as error:  # URLError, a missing gdown, a bad archive, a read-only root, ...
         return f"failed ({type(error).__name__}: {one_line(error)})"
     finally:
         socket.setdefaulttimeout(timeout)
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
         if not existed:
             with contextlib.suppress(OSError):  # root holds a dataset now, or never came to be
                 root.rmdir()

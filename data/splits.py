@@ -27,10 +27,8 @@ def per_channel(name: str, values, channels: int) -> tuple[float, ...] | None:
     values = tuple(float(value) for value in values)
     in_range = all(0 <= value <= 1 for value in values) and (name == "mean" or all(values))
     if len(values) != channels or not in_range:
-        raise DataError(
-            f"{name} is {values}: give {channels} value(s), one per channel, from 0 to 1"
-            f"{'' if name == 'mean' else ' and not 0'}"
-        )
+        bounds = "from 0 to 1" if name == "mean" else "from 0 to 1 and not 0"
+        raise DataError(f"{name} is {values}: give {channels} value(s), one per channel, {bounds}")
     return values
 
 
@@ -45,12 +43,10 @@ class Batches:
     def __init__(self, split, batch_size: int, shuffle: bool, drop_last: bool, device):
         self.split, self.batch_size, self.shuffle = split, batch_size, shuffle
         self.device = torch.device(device)
-        kept = len(split) // batch_size * batch_size if drop_last else len(split)
-        if not kept:
-            raise DataError(
-                f"a batch of {batch_size} does not fit into a split of {len(split)} images: choose a smaller batch size"
-            )
-        self.kept = kept
+        self.kept = len(split) // batch_size * batch_size if drop_last else len(split)
+        if not self.kept:
+            text = f"a batch of {batch_size} does not fit into a split of {len(split)} images"
+            raise DataError(f"{text}: choose a smaller batch size")
 
     def __len__(self) -> int:
         return -(-self.kept // self.batch_size)
@@ -131,8 +127,7 @@ class FileSplit(Split):
 
     def in_memory(self, limit: float) -> "TensorSplit | FileSplit":
         """The split decoded, if its pixels fit into `limit` bytes, else as it is."""
-        fits = len(self) * self.channels * self.img_size**2 <= limit
-        return self.decode() if fits else self
+        return self.decode() if len(self) * self.channels * self.img_size**2 <= limit else self
 
     def source(self, row: int):
         """What ``decode`` reads: the path of a file, or a file object."""
@@ -162,8 +157,7 @@ class FileSplit(Split):
         """The whole split in memory. Raises DataError that counts all files it cannot read."""
         images = torch.empty(len(self), self.channels, self.img_size, self.img_size, dtype=torch.uint8)
         start, broken = 0, []
-        order = torch.arange(len(self), device="cpu")
-        loader = self._loader(order, 256)
+        loader = self._loader(torch.arange(len(self), device="cpu"), 256)
         for batch, _, unreadable in tqdm(loader, "decoding images", leave=False, delay=2, disable=None):
             broken += unreadable
             images[start : start + len(batch)] = batch
@@ -188,15 +182,10 @@ class FileSplit(Split):
 
     def _loader(self, order: Tensor, batch_size: int, pin_memory: bool = False) -> DataLoader:
         chunks = order.split(batch_size)
-        return DataLoader(
-            self,
-            batch_size=None,
-            sampler=chunks,
-            num_workers=min(8, _cpus(), len(chunks) - 1),
-            pin_memory=pin_memory,
-            # DataLoader draws a seed for its workers: not from the generator that runs save.
-            generator=torch.Generator(),
-        )
+        workers = min(8, _cpus(), len(chunks) - 1)
+        # DataLoader draws a seed for its workers: not from the generator that runs save.
+        own = dict(generator=torch.Generator(), pin_memory=pin_memory)
+        return DataLoader(self, batch_size=None, sampler=chunks, num_workers=workers, **own)
 
 
 def decode(path, img_size: int, channels: int) -> np.ndarray:
@@ -220,13 +209,11 @@ def decode(path, img_size: int, channels: int) -> np.ndarray:
             image = Image.alpha_composite(white, image.convert("RGBA"))
         if image.mode not in ("L", "RGB"):
             image = image.convert("RGB")
-        mode = "L" if channels == 1 else "RGB"
-        if image.mode != mode:  # converting to the same mode would copy
+        if image.mode != (mode := "L" if channels == 1 else "RGB"):  # converting to the same mode would copy
             image = image.convert(mode)
         if image.size != (img_size, img_size):
-            width, height = image.size
-            side = min(width, height)
-            left, top = (width - side) / 2, (height - side) / 2
+            side = min(image.size)
+            left, top = ((length - side) / 2 for length in image.size)
             box = (left, top, left + side, top + side)
             image = image.resize((img_size, img_size), Image.Resampling.BILINEAR, box)
         return np.asarray(image)
@@ -263,6 +250,4 @@ def _refuse(broken: list[tuple[int, str]]) -> None:
 
 def _cpus() -> int:
     """CPUs this process may use (a container or a job scheduler can allow fewer than exist)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

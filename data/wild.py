@@ -26,9 +26,7 @@ class WildSplit(FileSplit):
 
     def source(self, row):
         name = os.fsdecode(self.paths[row])
-        if self.root.is_dir():
-            return self.root / name
-        return _archive(self.root, os.getpid()).open(name)
+        return self.root / name if self.root.is_dir() else _archive(self.root, os.getpid()).open(name)
 
     def name(self, row):
         return f"{self.root}/{os.fsdecode(self.paths[row])}"
@@ -57,12 +55,7 @@ def open_wild(root: Path, img_size: int, channels: int) -> tuple[WildSplit, str]
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"cannot read image set {root} ({one_line(error)}): check it") from None
     endings = tuple(os.fsencode(suffix) for suffix in SUFFIXES)
-    files = sorted(
-        file
-        for file in files
-        if file[0].lower().endswith(endings)
-        and not any(part.startswith((b".", b"__MACOSX")) for part in file[0].split(b"/"))
-    )
+    files = sorted(file for file in files if file[0].lower().endswith(endings) and not _hidden(file[0]))
     if not files:
         raise DataError(f"no images in {root}: it needs files such as " + " ".join(SUFFIXES))
     digest = hashlib.sha256()
@@ -71,6 +64,10 @@ def open_wild(root: Path, img_size: int, channels: int) -> tuple[WildSplit, str]
     names = np.array([name for name, _, _ in files])
     labels = torch.zeros(1, dtype=torch.int64).expand(len(names))
     return WildSplit(names, labels, img_size, channels, root=root), digest.hexdigest()[:16]
+
+
+def _hidden(name: bytes) -> bool:
+    return any(part.startswith((b".", b"__MACOSX")) for part in name.split(b"/"))
 
 
 def _in_folder(root: Path) -> list[tuple[bytes, int, int]]:

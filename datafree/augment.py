@@ -1,11 +1,11 @@
 """Batched crop, flip and normalisation on the device; all of it differentiable.
 
-Random numbers come from the global generator of the images' device, so that a checkpoint that
-holds the generator states reproduces a run.
+Random numbers come from the global generator of the images' device, whose state is in the checkpoints.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -24,21 +24,16 @@ def random_crop(x: Tensor, padding: int) -> Tensor:
 class _Crop(torch.autograd.Function):
     """Crop image i of x at top[i], left[i] (N, 1) of the copy padded by `padding`.
 
-    The adjoint of a shift is the opposite shift: a gather again, where autograd's own gradient of
-    an indexed read adds element by element.
+    The adjoint of a shift is the opposite shift: a gather, where autograd's gradient adds element by element.
     """
 
     @staticmethod
     def forward(ctx, x, top, left, padding):
         ctx.save_for_backward(top, left)
         ctx.padding = padding
-        n, c, h, w = x.shape
-        padded = F.pad(x, (padding,) * 4)
-        rows = top + torch.arange(h, device=x.device)
-        columns = left + torch.arange(w, device=x.device)
-        image = torch.arange(n, device=x.device)[:, None, None, None]
-        channel = torch.arange(c, device=x.device)[:, None, None]
-        return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+        image, channel, row, column = (torch.arange(size, device=x.device) for size in x.shape)
+        rows, columns = (top + row)[:, None, :, None], (left + column)[:, None, None, :]
+        return F.pad(x, (padding,) * 4)[image[:, None, None, None], channel[:, None, None], rows, columns]
 
     @staticmethod
     def backward(ctx, gradient):
@@ -56,9 +51,9 @@ def random_flip(x: Tensor) -> Tensor:
 def random_resized_crop(x: Tensor, area: float) -> Tensor:
     """Cut a box from each image of x (N, C, H, W), as floats, and stretch it to the full size.
 
-    Equal in distribution to torchvision's `RandomResizedCrop((H, W), scale=(area, 1))`: a share of
-    the area from `area` to 1, a ratio of the sides from 3/4 to 4/3, drawn again (ten times at most,
-    then it is the whole of a square image) where such a box does not fit.
+    Equal in distribution to torchvision's `RandomResizedCrop((H, W), scale=(area, 1))`: a share of the area from
+    `area` to 1, a ratio of the sides from 3/4 to 4/3, drawn again where such a box does not fit (ten times at most,
+    then it is the whole of a square image).
     """
     x = x if x.is_floating_point() else x.float()
     n, _, height, width = x.shape
@@ -76,12 +71,11 @@ def random_resized_crop(x: Tensor, area: float) -> Tensor:
         centres = (torch.arange(side, device=x.device) + 0.5) * length / side - 0.5
         centres = centres.clamp(min=0).minimum(length - 1) + start
         axes.append((2 * centres + 1) / side - 1)
-    grid = torch.stack(
-        [axes[1][:, None, :].expand(n, height, width), axes[0][:, :, None].expand(n, height, width)], dim=3
-    )
+    grid = torch.stack(torch.broadcast_tensors(axes[1][:, None, :], axes[0][:, :, None]), dim=3)
     return F.grid_sample(x, grid.to(x.dtype), align_corners=False, padding_mode="border")
 
 
+@dataclass(eq=False)
 class Transform:
     """uint8 images, as the data sets hold them, to what the networks take.
 
@@ -91,23 +85,16 @@ class Transform:
         area: instead of that crop, a random resized one of at least this share of the image.
     """
 
-    def __init__(
-        self,
-        mean: Sequence[float],
-        std: Sequence[float],
-        padding: int = 0,
-        flip: bool = False,
-        area: float | None = None,
-    ):
-        self.mean, self.std, self.padding, self.flip = mean, std, padding, flip
-        self.area, self.tensors = area, {}
+    mean: Sequence[float]
+    std: Sequence[float]
+    padding: int = 0
+    flip: bool = False
+    area: float | None = None
+    tensors: dict = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, data, card: Mapping | None = None, area: float | None = None) -> "Transform":
-        """The transform of a data set, for a network whose checkpoint has this card, if any.
-
-        A network must meet images with the statistics that it was trained with, the card's.
-        """
+        """A data set's; a network meets images with the statistics that it was trained with: its checkpoint's card's."""
         card = card or {}
         return cls(card.get("mean", data.mean), card.get("std", data.std), data.padding, data.flip, area)
 

@@ -90,12 +90,12 @@ RUN = (
      dict(type=positive, metavar="MINUTES")),
     ("--evaluate_only --test_only", "score the run's best checkpoint (or --ckpt) and stop", dict(action="store_true")),
     ("--ckpt", "weights for --evaluate_only", dict(metavar="FILE")),
-    ("--sample_every", "write a grid of images each N epochs, 0 for never (default: %(default)s)",
-     dict(type=number(int, 0), default=10, metavar="N")),
     ("--visdom", "live curves and images on a visdom server at this port (15550 if none is given); without a server, a "
      "log to replay later", dict(type=number(int, 1, 65535), nargs="?", const=15550, metavar="PORT")),
     *DEVICE,
 )
+PICTURES = ("--sample_every", "write a grid of images each N epochs, 0 for never (default: %(default)s)",
+            dict(type=number(int, 0), default=10, metavar="N"))
 TEACHER = (
     ("--teacher_ckpt --teacher_dir", "the teacher's weights: a file, or a run folder (default: "
      "<dataset>-<teacher>-<recipe>.pt in --checkpoints or pretrained/)", dict(metavar="FILE")),
@@ -135,7 +135,7 @@ class Parser(argparse.ArgumentParser):
     def add_dataset(self, default: str = "digits", none: bool = True) -> None:
         """The data set whose test images score the student; `none`: also without any."""
         text = "the teacher's data set; only its test images are used; none: no images at all, the score is the "
-        text += "agreement with the teacher on synthetic images that the student has not seen"
+        text += "agreement with the teacher on images that the student has not seen"
         text = f"{text if none else 'the data set'} (default: %(default)s)"
         choices = TEST_SETS() if none else tuple(DATASETS)
         self.add(

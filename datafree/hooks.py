@@ -1,10 +1,11 @@
 """What enters the BatchNorm layers of a network: their statistics and their features."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from datafree.losses import at_least_float32
 
@@ -22,8 +23,7 @@ class BatchNormHooks:
 
     Args:
         model: has at least one BatchNorm layer, or every loss is 0.
-        momentum: rate of the running average of the batches' statistics that `loss` mixes in
-            (Fast-Datafree's bn_mmt); 0 for none.
+        momentum: rate of the running average of batch statistics that `loss` mixes in (Fast-Datafree's bn_mmt), or 0.
     """
 
     def __init__(self, model: nn.Module, momentum: float = 0.0):
@@ -35,19 +35,12 @@ class BatchNormHooks:
         """Record, while the block lasts, the BatchNorm statistics, and what `features` shows of these layers."""
         statistical = self.layers if statistics else []
         self.statistics, self.means = [None] * len(statistical), [None] * len(layers)
-        handles = [
-            layer.register_forward_pre_hook(_keep(values, i, function))
-            for values, function, recorded in (
-                (self.statistics, _Statistics.apply, statistical),
-                (self.means, lambda x: at_least_float32(x).mean((2, 3)), layers),
-            )
-            for i, layer in enumerate(recorded)
-        ]
-        try:
+        with ExitStack() as handles:
+            for i, layer in enumerate(statistical):
+                handles.enter_context(_watch(layer, self.statistics, i, _Statistics.apply))
+            for i, layer in enumerate(layers):
+                handles.enter_context(_watch(layer, self.means, i, lambda x: at_least_float32(x).mean((2, 3))))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def loss(self) -> Tensor:
         """L_bn (DeepInversion): sum over layers of |mean' - mean| + |var' - var|.
@@ -55,12 +48,8 @@ class BatchNormHooks:
         Norms are Euclidean over channels, the primes mark the layer's running statistics. Mean and
         biased variance are the last batch's, or with momentum r and buffers r old + (1 - r) new.
         """
-        total = 0
-        for i, (layer, (mean, var)) in enumerate(zip(self.layers, self.statistics, strict=True)):
-            if self.buffers:
-                mean, var = (
-                    torch.lerp(*pair, self.momentum) for pair in zip((mean, var), self.buffers[i], strict=True)
-                )
+        total, mixed = 0, self._mixed() if self.buffers else self.statistics
+        for layer, (mean, var) in zip(self.layers, mixed, strict=True):
             total = total + (layer.running_mean - mean).norm() + (layer.running_var - var).norm()
         self.statistics = [[s.detach() for s in pair] for pair in self.statistics]
         return total
@@ -69,10 +58,12 @@ class BatchNormHooks:
     def update(self) -> None:
         """Mix the statistics of the last `loss` into the buffers."""
         if self.momentum:
-            self.buffers = [
-                [torch.lerp(*pair, self.momentum) for pair in zip(new, old, strict=True)]
-                for new, old in zip(self.statistics, self.buffers or self.statistics, strict=True)
-            ]
+            self.buffers = self._mixed()
+
+    def _mixed(self) -> list[list[Tensor]]:
+        """The running average of the layers' statistics, as it is with the last batch's."""
+        layers = zip(self.statistics, self.buffers or self.statistics, strict=True)
+        return [[torch.lerp(*pair, self.momentum) for pair in zip(new, old, strict=True)] for new, old in layers]
 
     def features(self) -> Tensor:
         """The spatial means of what entered the recorded `layers`, side by side: (N, sum of channels)."""
@@ -86,20 +77,17 @@ class BatchNormHooks:
         self.buffers = state["buffers"]
 
 
-def _keep(values: list, i: int, function: Callable[[Tensor], object]) -> Callable:
-    """A hook that sets values[i] to the function of what enters the layer."""
+def _watch(layer: nn.Module, values: list, i: int, function: Callable[[Tensor], object]) -> RemovableHandle:
+    """Set values[i], at each pass, to the function of what enters the layer."""
 
     def hook(layer, arguments):
         values[i] = function(arguments[0])
 
-    return hook
+    return layer.register_forward_pre_hook(hook)
 
 
 class _Statistics(torch.autograd.Function):
-    """Mean and biased variance (C,) over batch and space of x (N, C, H, W), at least float32.
-
-    Its gradient is one multiplication and addition per element.
-    """
+    """Mean and biased variance (C,) of x (N, C, H, W), in float32 at least; backward is one addcmul per element."""
 
     @staticmethod
     def forward(ctx, x):
@@ -113,5 +101,5 @@ class _Statistics(torch.autograd.Function):
         n = x.numel() // x.shape[1]
         slope = 2 / n * g_var
         offset = g_mean / n - slope * mean
-        shape = (1, -1, 1, 1)
-        return torch.addcmul(offset.to(x.dtype).view(shape), x, slope.to(x.dtype).view(shape))
+        offset, slope = (v.to(x.dtype).view(1, -1, 1, 1) for v in (offset, slope))
+        return torch.addcmul(offset, x, slope)

@@ -1,7 +1,6 @@
 """One function per equation. Logits are (N, classes), features (N, D); every loss is a scalar.
 
-Half-precision inputs are widened to float32 first, so that a loss never carries the rounding of
-the networks' arithmetic; float64 inputs stay float64.
+Inputs are in float32 at least, so that a loss never carries the rounding of the networks' arithmetic.
 """
 
 import math
@@ -17,10 +16,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def one_hot_loss(t_logits: Tensor) -> Tensor:
-    """L_oh (DAFL, Eq. 3): mean cross-entropy of the teacher with its own arg-max.
-
-    Small when the teacher is confident about the images.
-    """
+    """L_oh (DAFL, Eq. 3): mean cross-entropy of the teacher with its own arg-max, small when it is confident."""
     t_logits = at_least_float32(t_logits)
     return F.cross_entropy(t_logits, t_logits.argmax(1))
 
@@ -28,9 +24,8 @@ def one_hot_loss(t_logits: Tensor) -> Tensor:
 def information_entropy_loss(t_logits: Tensor, base: float = 10) -> Tensor:
     """L_ie (DAFL, Eq. 5): sum_c p_c log p_c with p the batch mean of the teacher's softmax.
 
-    Smallest, -log(classes), when the batch holds every class equally often. The paper writes the
-    natural logarithm, its code takes base 10 and the published weights belong to that: base 10
-    is the default, `base=math.e` the paper's formula.
+    Smallest, -log(classes), when the batch holds every class equally often. The paper writes the natural
+    logarithm (`base=math.e`); its code takes base 10, which the published weights belong to.
     """
     p = at_least_float32(t_logits).softmax(1).mean(0)
     p = p.clamp_min(torch.finfo(p.dtype).tiny)  # a class that underflows to 0 has no logarithm
@@ -45,8 +40,7 @@ def activation_loss(t_features: Tensor) -> Tensor:
 def kd_loss(s_logits: Tensor, t_logits: Tensor, T: float = 1.0) -> Tensor:
     """L_KD (DAFL, Eq. 1; Hinton et al. 2015): T^2 KL(softmax(t / T) || softmax(s / T)).
 
-    Summed over classes, mean over the batch. Detach the teacher's logits where only the student
-    is to learn.
+    Summed over classes, mean over the batch. Detach the teacher's logits where only the student is to learn.
     """
     log_s = (at_least_float32(s_logits) / T).log_softmax(1)
     log_t = (at_least_float32(t_logits) / T).log_softmax(1)
@@ -54,18 +48,14 @@ def kd_loss(s_logits: Tensor, t_logits: Tensor, T: float = 1.0) -> Tensor:
 
 
 def l1_loss(s_logits: Tensor, t_logits: Tensor) -> Tensor:
-    """L_1 (DFAD): mean absolute difference of the logits.
-
-    The student minimises it with the teacher's logits detached, the generator maximises it.
-    """
+    """L_1 (DFAD): mean absolute difference of the logits; the student minimises, the generator maximises it."""
     return (at_least_float32(s_logits) - at_least_float32(t_logits)).abs().mean()
 
 
 def decision_adversarial_loss(s_logits: Tensor, t_logits: Tensor) -> Tensor:
     """L_adv (CMI, Fast-Datafree): -mean_i [arg-maxes agree] KL(softmax t_i || softmax s_i).
 
-    Small where the student is wrong about how sure the teacher is, but not about the class.
-    Nothing is detached but the mask.
+    Small where the student is wrong about how sure the teacher is, not about the class. Only the mask is detached.
     """
     s_logits, t_logits = at_least_float32(s_logits), at_least_float32(t_logits)
     agree = (s_logits.argmax(1) == t_logits.argmax(1)).to(t_logits.dtype)
@@ -90,25 +80,17 @@ def total_variation(x: Tensor) -> Tensor:
 
     The mean absolute difference of neighbours, summed over the four directions.
     """
-    return sum(
-        (a - b).abs().mean()
-        for a, b in (
-            (x[..., :-1], x[..., 1:]),
-            (x[:, :, :-1], x[:, :, 1:]),
-            (x[:, :, 1:, :-1], x[:, :, :-1, 1:]),
-            (x[:, :, :-1, :-1], x[:, :, 1:, 1:]),
-        )
-    )
+    straight = (x[..., :-1], x[..., 1:]), (x[:, :, :-1], x[:, :, 1:])
+    oblique = (x[:, :, 1:, :-1], x[:, :, :-1, 1:]), (x[:, :, :-1, :-1], x[:, :, 1:, 1:])
+    return sum((a - b).abs().mean() for a, b in (*straight, *oblique))
 
 
 def contrastive_loss(local: Tensor, others: Tensor, T: float, batch_size: int) -> Tensor:
     """L_cr (CMI) of unit vectors: view i of an image against the other view of each.
 
     Args:
-        local, others: (N, D), rows of unit length: the batch, then rows of the memory bank. The
-            other view is detached here.
-        T: temperature. batch_size: how many rows are the batch; the mean over these and the mean
-            over the bank's rows are added.
+        local, others: (N, D), rows of unit length: the batch, then rows of the memory bank; `others` is detached here.
+        T: temperature. batch_size: rows of the batch; the means over these and over the bank's rows are added.
     """
     logits = local @ others.detach().t() / T
     loss = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device), reduction="none")
@@ -119,8 +101,7 @@ def contrastive_loss(local: Tensor, others: Tensor, T: float, batch_size: int) -
 def attention_loss(s_map: Tensor, t_map: Tensor) -> Tensor:
     """L_AT (Zagoruyko and Komodakis 2017): mean squared difference of two attention maps.
 
-    The attention map of a feature map (N, C, H, W) is the mean over its channels of the square,
-    flattened and of unit length. The two may differ in C.
+    That of a feature map (N, C, H, W) is its square's mean over C, flattened and of unit length; C may differ.
     """
     s, t = (F.normalize(at_least_float32(x).square().mean(1).flatten(1)) for x in (s_map, t_map))
     return F.mse_loss(s, t)

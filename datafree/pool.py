@@ -18,20 +18,16 @@ CHUNK = 2**26  # bytes that go to a file or come from it at a time
 class ImagePool:
     """A growing set of images (C, H, W), uint8 on the device.
 
-    Pixels in 0..1 are clamped, multiplied by 255 and cut off to bytes, as published. Images beyond
-    `limit` stay in the host's memory and travel when they are drawn.
-
-    `flush` appends what is new to `path`, raw bytes one image after the other, and `state_dict` is
-    their number: a checkpoint stays small, and resuming reads that many images back.
+    Pixels in 0..1 are clamped, multiplied by 255 and cut off to bytes, as published. Images beyond `limit` stay in
+    the host's memory and travel when they are drawn. `flush` appends what is new to `path`, raw bytes one image after
+    the other, and `state_dict` is their number: a checkpoint stays small, and resuming reads that many images back.
 
     Args:
-        shape: (C, H, W). device: where batches come out. path: the file.
-        limit: most images on the device, or None.
+        shape: (C, H, W). device: where batches come out. path: the file. limit: most images on the device, or None.
         capacity: how many will come: memory is taken once, here. More make it grow.
 
     Raises:
-        UsageError: no memory for so many; from load_state_dict, when the file is shorter than the
-            checkpoint says.
+        UsageError: no memory for so many; from load_state_dict, when the file is shorter than the checkpoint says.
     """
 
     def __init__(
@@ -48,11 +44,9 @@ class ImagePool:
         try:
             self.near, self.far = self._empty(near, self.device), self._empty(capacity - near, "cpu")
         except RuntimeError as error:
-            size = capacity * math.prod(shape) / 1e9
-            raise UsageError(
-                f"the {capacity} images of this run take {size:.1f} GB, {near} of them on the device: there is less "
-                "memory; lower --pool_size (of those on the device), --n_epochs or --synthesis_batch_size"
-            ) from error
+            text = f"the {capacity} images of this run take {capacity * math.prod(shape) / 1e9:.1f} GB, {near} of them "
+            text += "on the device: there is less memory; lower --pool_size (of those on the device), --n_epochs or "
+            raise UsageError(f"{text}--synthesis_batch_size") from error
 
     def _near_part(self, n: int) -> int:
         return n if self.limit is None else min(n, self.limit)
@@ -102,10 +96,9 @@ class ImagePool:
         return torch.cat([self.near[near.to(self.device)], fetched.to(self.device, non_blocking=True)])
 
     def batches(self, batch_size: int, n: int) -> Iterator[Tensor]:
-        """n batches, uint8 (batch_size, C, H, W), of random passes over the pool.
+        """n batches, uint8 (batch_size, C, H, W), of random passes over the pool by the device's random numbers.
 
-        A pass meets every image once; a rest smaller than a batch is left out, unless the whole
-        pool is smaller. The random numbers are the device's.
+        A pass meets every image once; a rest smaller than a batch is left out, unless the whole pool is smaller.
         """
         while n > 0:
             order = torch.randperm(len(self), device=self.device)
@@ -138,10 +131,9 @@ class ImagePool:
         self.saved = len(self)
 
     def export(self, kind: str, folder: str | Path) -> Path:
-        """Write all images to `folder`: "png" one file each, "npz" one archive (N, H, W, C).
+        """Write all images to `folder`, "png" one file each, "npz" one archive (N, H, W, C); returns what was written.
 
-        Returns the path that was written. Raises OSError as the file system does; of what cannot
-        be written whole nothing is left.
+        Raises OSError as the file system does; of what cannot be written whole nothing is left.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,11 +174,7 @@ def write_rows(path: Path, *pieces: tuple[int, Tensor], new: bool = False) -> No
 
 
 def read_rows(path: Path, *pieces: tuple[int, Tensor]) -> None:
-    """Fill tensors, each from its byte of a file on, without a second copy of them.
-
-    Raises:
-        UsageError: the file is missing or too short.
-    """
+    """Fill tensors, each from its byte of a file on. Raises UsageError if that is missing or too short."""
     try:
         with path.open("rb") as file:
             for offset, rows in pieces:
@@ -201,11 +189,7 @@ def read_rows(path: Path, *pieces: tuple[int, Tensor]) -> None:
 
 
 def read_raw(path: str | Path, shape: tuple[int, int, int]) -> Tensor:
-    """All images, uint8 (N, C, H, W), of a pool's file.
-
-    Raises:
-        UsageError: missing, or not a whole number of images.
-    """
+    """All images, uint8 (N, C, H, W), of a pool's file. Raises UsageError: missing, or no whole number of images."""
     try:
         content = np.fromfile(path, np.uint8)
     except OSError as error:

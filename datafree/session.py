@@ -2,13 +2,14 @@
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from math import sqrt
 
 import torch
 from torch import Tensor, nn
 
-from data import get_dataset, get_segmentation
+from data import SOURCES, get_dataset, get_segmentation
 from datafree import checkpoint, metrics
 from datafree.augment import Transform
 from datafree.errors import UsageError
@@ -66,17 +67,18 @@ class Session:
             content = checkpoint.read(path)
         elif args.evaluate_only:
             path = weights_of(args.ckpt) if args.ckpt else run_folder(args) / "best.pt"
+            if not path.exists():
+                raise UsageError(f"{path} does not exist: give the flags of the run, or its weights as --ckpt FILE")
             content = checkpoint.read(path)
         card = checkpoint.card_of(args, content)
-        self.data = self._open_data(card, train)
+        self.data = self._open_data(card, train and not args.evaluate_only)
         self.score = "mIoU" if segmentation else "Acc@1" if self.data.test is not None else "agreement"
         name = args.student if "student" in args else args.model
         self.student = self._build(name, self.data.num_classes, self.data.channels)
         self.teacher, self.teacher_card, self.teacher_record = None, card, None
         if taught and not args.evaluate_only:
-            self.teacher, self.teacher_card, self.teacher_record = load_teacher(
-                args, path, content, self._build, self.data
-            )
+            loaded = load_teacher(args, path, content, self._build, self.data)
+            self.teacher, self.teacher_card, self.teacher_record = loaded
             self.runtime.place(self.teacher)
             args.teacher_sha256 = self.teacher_record["sha256"]  # a run goes on with the same one only
         elif args.evaluate_only:
@@ -96,25 +98,16 @@ class Session:
         args = self.args
         if self.segmentation:
             return get_segmentation(args.dataset, args.data_root, args.mean, args.std, train).to(self.runtime.device)
-        known = (
-            {}
-            if args.dataset != "none"
-            else {
-                "num_classes": args.num_classes or card.get("num_classes"),
-                "channels": args.channels or card.get("channels"),
-            }
+        own = args.dataset in ("none", "folder")  # what is not known of these, the teacher's file says
+        size, channels, num_classes = (
+            getattr(args, key, None) or (card.get(key) if own else None)
+            for key in ("img_size", "channels", "num_classes")
         )
-        size = args.img_size or (card.get("img_size") if args.dataset in ("none", "folder") else None)
-        data = get_dataset(
-            args.dataset,
-            args.data_root,
-            img_size=size,
-            mean=args.mean,
-            std=args.std,
-            train=train,
-            attribute=args.attribute,
-            **known,
-        ).to(self.runtime.device)
+        num_classes = num_classes if args.dataset == "none" else getattr(args, "num_classes", None)
+        data = get_dataset(args.dataset, args.data_root, size, channels, args.mean, args.std, args.attribute,
+                           train=train, num_classes=num_classes).to(self.runtime.device)  # fmt: skip
+        if args.dataset == "none" and (source := SOURCES.get(card.get("dataset"))):
+            data = replace(data, padding=data.img_size // 8 if source.crop else 0, flip=source.flip)
         if data.mean is None and "mean" not in card or data.std is None and "std" not in card:
             raise UsageError(
                 f"the statistics of {args.dataset} are not known, as the teacher's file does not say them: "
@@ -163,7 +156,7 @@ class Session:
         self.teacher_score = None
         if self.score == "agreement":
             self.run.log(
-                "no test images: the score is the agreement with the teacher on synthetic images that the "
+                "no test images: the score is the agreement with the teacher on images that the "
                 "student has not seen, which is no accuracy"
             )
         else:
@@ -198,8 +191,8 @@ class Session:
     def record(self, losses: dict, pictures: Callable[[], Tensor] | None = None, **more) -> None:
         """Test the student and keep the epoch; every --sample_every epochs, and at the end, a grid of pictures."""
         percent, scores = self.evaluate(self.student)
-        every, number = self.args.sample_every, self.epoch + 1
-        if pictures and every and (number % every == 0 or number == self.n_epochs):
+        number = self.epoch + 1
+        if pictures and (every := self.args.sample_every) and (number % every == 0 or number == self.n_epochs):
             self.run.images(f"epoch{number:04}", pictures())
         self.run.end_epoch(self.epoch, percent, losses, self.student, self.card, **scores, **more)
 

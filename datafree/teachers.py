@@ -119,7 +119,8 @@ def find_teacher(args, script: str = "teacher_train.py") -> Path:
             print(f"there is no {path}: {others[0]}, of another recipe, is the teacher")
             return others[0]
     recipe = f" --recipe {args.teacher_recipe}" if args.teacher_recipe else ""
-    recipe = " --pretrained" if args.teacher_recipe == "torchvision" else recipe
+    if args.teacher_recipe == "torchvision":
+        recipe = " --pretrained" if args.teacher in PRETRAINED else " --recipe imagenet"
     raise UsageError(
         f"teacher {path} does not exist: make it with `python {script} --dataset {args.dataset} "
         f"--model {args.teacher}{recipe}`, or give --teacher_ckpt FILE"

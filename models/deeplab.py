@@ -1,8 +1,4 @@
-"""DeepLabv3 (Chen et al. 2017) as DFAD uses it on CamVid and NYUv2 (Table 3): teacher and student.
-
-Published names of the parameters. A segmentation network maps images (N, 3, H, W) to logits
-(N, classes, H, W).
-"""
+"""DeepLabv3 (Chen et al. 2017) as DFAD uses it on CamVid and NYUv2 (Table 3), by its names of the parameters."""
 
 import torch.nn.functional as F
 from torch import nn
@@ -14,9 +10,12 @@ from .registry import SEGMENTERS, register
 
 ATROUS_RATES = (12, 24, 32)  # as published; the usual third rate is 36
 
+# Of MobileNetv2: expansion, width, blocks, stride.
+STAGES = (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)
+
 
 class DeepLabv3(nn.Module):
-    """A backbone to an eighth of the size, an ASPP head, and bilinear upsampling."""
+    """Images (N, 3, H, W) -> logits (N, classes, H, W): a backbone to an eighth of the size, ASPP, upsampling."""
 
     def __init__(self, backbone, width, num_classes):
         super().__init__()
@@ -50,15 +49,7 @@ class MobileNetv2Backbone(nn.Module):
         super().__init__()
         layers = [_conv_bn(3, 32, 3, stride=2, padding=1)]
         width, size, dilation = 32, 2, 1
-        for expansion, c_out, n, stride in (
-            (1, 16, 1, 1),
-            (6, 24, 2, 2),
-            (6, 32, 3, 2),
-            (6, 64, 4, 2),
-            (6, 96, 3, 1),
-            (6, 160, 3, 2),
-            (6, 320, 1, 1),
-        ):
+        for expansion, c_out, n, stride in STAGES:
             shrink = stride if size < 8 else 1
             for i in range(n):
                 layers.append(InvertedResidual(width, c_out, expansion, shrink if i == 0 else 1, dilation))
@@ -92,9 +83,8 @@ class InvertedResidual(nn.Module):
 
 
 def _conv_bn(c_in, c_out, kernel, **settings):
-    return nn.Sequential(
-        nn.Conv2d(c_in, c_out, kernel, bias=False, **settings), nn.BatchNorm2d(c_out), nn.ReLU6(inplace=True)
-    )
+    conv = nn.Conv2d(c_in, c_out, kernel, bias=False, **settings)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU6(inplace=True))
 
 
 register("deeplabv3_resnet50", deeplabv3_resnet50, SEGMENTERS)

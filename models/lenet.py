@@ -11,12 +11,8 @@ from .registry import register
 
 # Fast-Datafree names the same five layers differently; its checkpoints load as well.
 PUBLISHED_NAMES = {
-    "features.0.": "conv1.",
-    "features.3.": "conv2.",
-    "features.6.": "conv3.",
-    "fc.0.": "fc1.",
-    "fc.2.": "fc2.",
-}
+    "features.0.": "conv1.", "features.3.": "conv2.", "features.6.": "conv3.", "fc.0.": "fc1.", "fc.2.": "fc2.",
+}  # fmt: skip
 
 
 class LeNet5(nn.Module):

@@ -1,5 +1,8 @@
 """SegNet (Badrinarayanan et al. 2017) with VGG encoders, as DFAD's teacher script offers it."""
 
+from collections import OrderedDict
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import nn
 
@@ -18,11 +21,11 @@ class SegNet(nn.Module):
         widths = (3, 64, 128, 256, 512, 512)
         for i, n in enumerate(depths, 1):
             before, width = widths[i - 1 : i + 1]
-            self.add_module(f"down{i}", Stage([before] + [width] * n))
+            self.add_module(f"down{i}", _stage([before] + [width] * n))
         for i, n in reversed(tuple(enumerate(depths, 1))):
             before, width = widths[i - 1 : i + 1]
             # The first stage's decoder ends in the classes.
-            self.add_module(f"up{i}", Stage([width] * n + [num_classes if i == 1 else before]))
+            self.add_module(f"up{i}", _stage([width] * n + [num_classes if i == 1 else before]))
 
     def forward(self, x):
         places = []
@@ -37,29 +40,13 @@ class SegNet(nn.Module):
         return x
 
 
-class Stage(nn.Module):
-    """Convolutions (with BatchNorm and ReLU) of the given widths, first to last."""
-
-    def __init__(self, widths):
-        super().__init__()
-        for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False), 1):
-            self.add_module(f"conv{i}", Unit(before, after))
-
-    def forward(self, x):
-        for unit in self.children():
-            x = unit(x)
-        return x
-
-
-class Unit(nn.Module):
-    def __init__(self, c_in, c_out):
-        super().__init__()
-        self.cbr_unit = nn.Sequential(
-            nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)
-        )
-
-    def forward(self, x):
-        return self.cbr_unit(x)
+def _stage(widths):
+    """Convolutions (with BatchNorm and ReLU) of the given widths, first to last, by their published names."""
+    stage = nn.Sequential()
+    for i, (before, after) in enumerate(pairwise(widths), 1):
+        unit = nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(inplace=True))
+        stage.add_module(f"conv{i}", nn.Sequential(OrderedDict(cbr_unit=unit)))
+    return stage
 
 
 register("segnet_vgg13", SegNet, SEGMENTERS, depths=(2, 2, 2, 2, 2))

@@ -4,15 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .layers import add_numbered, conv
 from .registry import register
-
-
-def _depthwise(channels, stride):
-    return nn.Conv2d(channels, channels, 3, stride=stride, padding=1, groups=channels, bias=False)
-
-
-def _pointwise(c_in, c_out):
-    return nn.Conv2d(c_in, c_out, 1, bias=False)
 
 
 def _shuffle(left, right):
@@ -26,16 +19,9 @@ class DownBlock(nn.Module):
     def __init__(self, c_in, c_out):
         super().__init__()
         half = c_out // 2
-        self.conv1 = _depthwise(c_in, 2)
-        self.bn1 = nn.BatchNorm2d(c_in)
-        self.conv2 = _pointwise(c_in, half)
-        self.bn2 = nn.BatchNorm2d(half)
-        self.conv3 = _pointwise(c_in, half)
-        self.bn3 = nn.BatchNorm2d(half)
-        self.conv4 = _depthwise(half, 2)
-        self.bn4 = nn.BatchNorm2d(half)
-        self.conv5 = _pointwise(half, half)
-        self.bn5 = nn.BatchNorm2d(half)
+        left = conv(c_in, c_in, 3, 2, groups=c_in), conv(c_in, half, 1)
+        right = conv(c_in, half, 1), conv(half, half, 3, 2, groups=half), conv(half, half, 1)
+        add_numbered(self, *left, *right)
 
     def forward(self, x):
         left = self.bn1(self.conv1(x))
@@ -52,12 +38,7 @@ class BasicBlock(nn.Module):
     def __init__(self, channels):
         super().__init__()
         half = channels // 2
-        self.conv1 = _pointwise(half, half)
-        self.bn1 = nn.BatchNorm2d(half)
-        self.conv2 = _depthwise(half, 1)
-        self.bn2 = nn.BatchNorm2d(half)
-        self.conv3 = _pointwise(half, half)
-        self.bn3 = nn.BatchNorm2d(half)
+        add_numbered(self, conv(half, half, 1), conv(half, half, 3, groups=half), conv(half, half, 1))
 
     def forward(self, x):
         left, right = x.chunk(2, 1)
@@ -75,14 +56,13 @@ class ShuffleNetV2(nn.Module):
 
     def __init__(self, num_classes=10, channels=3):
         super().__init__()
-        self.conv1 = _pointwise(channels, 24)
-        self.bn1 = nn.BatchNorm2d(24)
+        add_numbered(self, conv(channels, 24, 1))
         c_in = 24
         for i, (c_out, n) in enumerate(((116, 3), (232, 7), (464, 3))):
             blocks = [DownBlock(c_in, c_out)] + [BasicBlock(c_out) for _ in range(n)]
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
             c_in = c_out
-        self.conv2 = _pointwise(c_in, 1024)
+        self.conv2 = conv(c_in, 1024, 1)
         self.bn2 = nn.BatchNorm2d(1024)
         self.linear = nn.Linear(1024, num_classes)
 

@@ -6,7 +6,7 @@ vgg11 -> resnet18 are rows of Fast-Datafree's CIFAR tables; the other depths com
 import torch.nn.functional as F
 from torch import nn
 
-from .init import init_convs
+from .layers import init_convs
 from .registry import register
 
 WIDTHS = (64, 128, 256, 512, 512)
@@ -20,10 +20,7 @@ def _block(c_in, c_out, n):
 
 
 class VGG(nn.Module):
-    """Images (N, channels, H, W) -> logits; features: the pooled last map (N, 512).
-
-    `depths` counts the convolutions of the five blocks.
-    """
+    """Images (N, channels, H, W) -> logits; features: the pooled last map (N, 512); `depths`: convolutions a block."""
 
     def __init__(self, depths, num_classes=10, channels=3):
         super().__init__()

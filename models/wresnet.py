@@ -3,10 +3,12 @@
 The pairs of Fast-Datafree's CIFAR tables, as in CMI. Pre-activation blocks, no drop-out.
 """
 
+from collections import OrderedDict
+
 import torch.nn.functional as F
 from torch import nn
 
-from .init import init_convs
+from .layers import conv, init_convs
 from .registry import register
 
 
@@ -14,12 +16,10 @@ class Block(nn.Module):
     def __init__(self, c_in, c_out, stride):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = conv(c_in, c_out, 3, stride)
         self.bn2 = nn.BatchNorm2d(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
-        self.convShortcut = None
-        if c_in != c_out:
-            self.convShortcut = nn.Conv2d(c_in, c_out, 1, stride=stride, bias=False)
+        self.conv2 = conv(c_out, c_out, 3)
+        self.convShortcut = None if c_in == c_out else conv(c_in, c_out, 1, stride)
 
     def forward(self, x):
         y = F.relu(self.bn1(x), inplace=True)
@@ -29,16 +29,10 @@ class Block(nn.Module):
         return self.conv2(y).add_(shortcut)
 
 
-class Stage(nn.Module):
+def _stage(n, c_in, c_out, stride):
     """n blocks; the level between, `layer`, is there for the published parameter names."""
-
-    def __init__(self, n, c_in, c_out, stride):
-        super().__init__()
-        rest = [Block(c_out, c_out, 1) for _ in range(n - 1)]
-        self.layer = nn.Sequential(Block(c_in, c_out, stride), *rest)
-
-    def forward(self, x):
-        return self.layer(x)
+    blocks = [Block(c_in, c_out, stride), *(Block(c_out, c_out, 1) for _ in range(n - 1))]
+    return nn.Sequential(OrderedDict(layer=nn.Sequential(*blocks)))
 
 
 class WideResNet(nn.Module):
@@ -48,10 +42,10 @@ class WideResNet(nn.Module):
         super().__init__()
         n = (depth - 4) // 6
         a, b, c = 16 * widen, 32 * widen, 64 * widen
-        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
-        self.block1 = Stage(n, 16, a, 1)
-        self.block2 = Stage(n, a, b, 2)
-        self.block3 = Stage(n, b, c, 2)
+        self.conv1 = conv(channels, 16, 3)
+        self.block1 = _stage(n, 16, a, 1)
+        self.block2 = _stage(n, a, b, 2)
+        self.block3 = _stage(n, b, c, 2)
         self.bn1 = nn.BatchNorm2d(c)
         self.fc = nn.Linear(c, num_classes)
         init_convs(self)

@@ -188,7 +188,7 @@ def test_what_ends_in_one_line(tmp_path, checkpoints, refused):
         ((*digits, "--teacher_ckpt", bare, "--img_size", "40"), "multiple of 16"),
         ((*digits, "--teacher", "lenet5"), "lenet5 has no BatchNorm layers"),
         ((*digits, "--checkpoints", tmp_path / "none"), "--dataset digits --model resnet8 --recipe digits`"),
-        (where, "--dataset imagenet --model resnet50_imagenet --recipe imagenet --pretrained`"),
+        (where, "--dataset imagenet --model resnet50_imagenet --pretrained`"),
     ):
         assert words in refused(datafree_kd_imagenet, *flags), flags
     assert not (tmp_path / "runs").exists()

@@ -35,12 +35,12 @@ def test_weights_are_tested_and_copied(where, tmp_path, monkeypatch, contents):
     state = get_model("resnet18_imagenet", 3).state_dict()
     offer(monkeypatch, lambda: state)
     result = teacher_train.main(teacher_train.parse_args([*FLAGS, *where]))
-    content = checkpoint.read(tmp_path / "checkpoints" / "imagenet-resnet18_imagenet-imagenet.pt")
+    content = checkpoint.read(tmp_path / "checkpoints" / "imagenet-resnet18_imagenet-torchvision.pt")
     assert all(torch.equal(v, state[k]) for k, v in content["state_dict"].items())
     card = content["card"]
     assert card["model"] == "resnet18_imagenet" and card["class_names"] == ["n01", "n02", "n03"]
     assert card["mean"] == [0.485, 0.456, 0.406] and card["accuracy"] == result["last"]
-    assert (card["recipe"], card["run"]) == ("imagenet", result["name"]) and result["args"]["pretrained"] is True
+    assert (card["recipe"], card["run"]) == ("torchvision", result["name"]) and result["args"]["pretrained"] is True
     before = contents(tmp_path)
     again = teacher_train.main(teacher_train.parse_args([*FLAGS, *where, "--resume"]))
     assert again["seconds"] == result["seconds"] and contents(tmp_path) == before
@@ -65,7 +65,7 @@ def test_what_ends_in_one_line(where, tmp_path, refused, monkeypatch):
     ):
         assert words in refused(teacher_train, *flags, "--pretrained"), flags
     error = refused(datafree_kd_imagenet, *where)
-    assert "--dataset imagenet --model resnet50_imagenet --recipe imagenet --pretrained`" in error
+    assert "--dataset imagenet --model resnet50_imagenet --pretrained`" in error
     error = refused(datafree_kd_imagenet, *where, "--teacher", "wrn40_2")
     assert "--model wrn40_2 --recipe imagenet`" in error
     assert not (tmp_path / "runs").exists() and not (tmp_path / "checkpoints").exists()

@@ -25,26 +25,19 @@ STUDENT = dict(n_epochs=200, warmup=0, ep_steps=400, kd_steps=400, batch_size=25
 # fmt: on
 GENERATOR = dict(generator="fast", nz=256, ngf=64)
 # What a recipe can set, flag -> help; their types are in datafree.cli.
+# fmt: off
 FLAGS = {
-    "n_epochs": "epochs of ep_steps",
-    "warmup": "epochs without student steps and adversarial term",
-    "ep_steps": "student steps of an epoch",
-    "kd_steps": "student steps of a round",
-    "g_steps": "updates that make a batch",
-    "batch_size": "images of a student step",
-    "synthesis_batch_size": "images of a round",
-    "lr": "learning rate of the student (SGD, momentum 0.9)",
-    "weight_decay": "of the student",
+    "n_epochs": "epochs of ep_steps", "warmup": "epochs without student steps and adversarial term",
+    "ep_steps": "student steps of an epoch", "kd_steps": "student steps of a round",
+    "g_steps": "updates that make a batch", "batch_size": "images of a student step",
+    "synthesis_batch_size": "images of a round", "lr": "learning rate of the student (SGD, momentum 0.9)",
+    "weight_decay": "of the student", "T": "temperature of the student's loss",
     "criterion": "the student's loss: KL at temperature T, or mean absolute difference of logits",
-    "T": "temperature of the student's loss",
-    "lr_g": "learning rate of the generator (deepinv: of the pixels)",
-    "adv": "weight of the adversarial term",
-    "bn": "weight of the BatchNorm statistics",
-    "oh": "weight of the cross-entropy",
-    "generator": "one of %(choices)s",
-    "nz": "length of a latent",
-    "ngf": "width of the generator",
+    "lr_g": "learning rate of the generator (deepinv: of the pixels)", "adv": "weight of the adversarial term",
+    "bn": "weight of the BatchNorm statistics", "oh": "weight of the cross-entropy",
+    "generator": "one of %(choices)s", "nz": "length of a latent", "ngf": "width of the generator",
 }
+# fmt: on
 TYPES |= {"criterion": dict(choices=CRITERIA), "generator": dict(choices=GENERATORS, metavar="NAME")}
 
 
@@ -52,9 +45,8 @@ class Synthesizer:
     """Networks and settings of one family.
 
     Args:
-        teacher, student: in eval mode while images are made; the student's weights are frozen
-            then. generator: in train mode, or None.
-        transform: augments and normalises. shape: (C, H, W) of an image.
+        teacher, student: in eval mode while images are made; the student's weights are frozen then.
+        generator: in train mode, or None. transform: augments and normalises. shape: (C, H, W) of an image.
         num_classes: of the teacher. runtime: device and precision. pool: an ImagePool or None.
         settings: the family's own; kept as attributes.
     """
@@ -90,9 +82,11 @@ class Synthesizer:
         Args:
             adversarial: whether the adversarial term is on. tick: called with the loss of each update.
         """
-        return self.round(adversarial, tick) if self.has_terms(adversarial) else {}
+        losses = self.round(adversarial, tick) if self.has_terms(adversarial) else {}
+        return {k: v.detach() for k, v in losses.items()}
 
     def has_terms(self, adversarial: bool) -> bool:
+        """Whether a round makes images: a weight is above 0, that of the adversarial term only if it is on."""
         return any(getattr(self, term) for term in self.terms if adversarial or term != "adv")
 
     def round(self, adversarial: bool, tick: Callable[[Tensor], None]) -> dict[str, Tensor]:
@@ -120,28 +114,28 @@ class Synthesizer:
         the generator."""
         generator, seed = copy.deepcopy(self.generator), torch.Generator().manual_seed(0)
         for _ in range(4):
-            z = self.generator.latents(250, generator=seed).to(self.runtime.device)
-            with self.runtime.autocast():
-                x = self.normalized(generator, z)
-            yield x
+            yield self.normalized(self.generate(generator, self.generator.latents(250, generator=seed)))
 
-    def normalized(self, generator: nn.Module, z: Tensor) -> Tensor:
-        """The generator's images of latents z, normalised."""
-        x = self.transform.normalize(at_least_float32(generator(z)))
-        return x.contiguous(memory_format=torch.channels_last)
+    def generate(self, generator: nn.Module, z: Tensor) -> Tensor:
+        """The generator's images (N, C, H, W) in 0..1 of latents z, at least float32."""
+        with self.runtime.autocast():
+            images = generator(z.to(self.runtime.device))
+        return at_least_float32(images)
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) in 0..1 as the networks take them."""
+        return self.transform.normalize(images).contiguous(memory_format=torch.channels_last)
 
     def view(self, images: Tensor) -> Tensor:
         """A random crop and flip of images (N, C, H, W) in 0..1, normalised."""
-        x = self.transform.normalize(self.transform.augment(images))
-        return x.contiguous(memory_format=torch.channels_last)
+        return self.normalized(self.transform.augment(images))
 
     def inversion_losses(
         self, x: Tensor, targets: Tensor, adversarial: bool, layers: Sequence[nn.Module] = ()
     ) -> dict[str, Tensor]:
-        """The terms of bn L_bn + oh L_oh + adv L_adv on normalised images x, by name.
+        """The terms of bn L_bn + oh L_oh + adv L_adv with a weight above 0 on normalised images x, by name.
 
-        A term of weight 0 is not computed, L_adv only if `adversarial`. The hooks record what enters
-        the teacher's `layers`.
+        L_adv only if `adversarial`. The hooks record what enters the teacher's `layers`.
         """
         losses = {}
         with self.runtime.autocast():
@@ -160,15 +154,30 @@ class Synthesizer:
         """The sum of the losses by their weights: the settings of the same name."""
         return sum(getattr(self, name.removeprefix("loss_")) * value for name, value in losses.items())
 
+    def descend(self, loss: Tensor, tick: Callable[[Tensor], None], *optimizers: torch.optim.Optimizer) -> None:
+        """One step of the optimisers along the gradient of `loss`, which `tick` is told."""
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        tick(loss.detach())
+
     def flush(self) -> None:
         """Write what a checkpoint leaves to files of the synthesizer's own."""
 
+    def kept(self) -> tuple[str, ...]:
+        """The attributes whose states a resumed run needs."""
+        return ()
+
     def state_dict(self) -> dict:
         """All that a resumed run needs: tensors and numbers in dictionaries and lists."""
-        return {}
+        return {name: getattr(self, name).state_dict() for name in self.kept()}
 
     def load_state_dict(self, state: dict) -> None:
         """Take up what `state_dict` gave."""
+        for name in self.kept():
+            getattr(self, name).load_state_dict(state[name])
 
 
 @dataclass(frozen=True)
@@ -176,35 +185,27 @@ class Method:
     """A choice of `datafree_kd.py --method`.
 
     Args:
-        family: who makes the images.
+        family: who makes the images. fixed: settings of it that are no flags.
         recipe: the published settings, flag -> value: STUDENT's, GENERATOR's unless it has none, the family's.
-        fixed: settings of the family that are no flags.
-        rows: what the papers' tables call it -> the flags that make it that.
         adjust: what the published scripts choose by the teacher's name and --g_steps (None if left out).
     """
 
     family: type[Synthesizer]
     recipe: Mapping[str, object]
     fixed: Mapping[str, object] = field(default_factory=dict)
-    rows: Mapping[str, str] = field(default_factory=dict)
     adjust: Callable[[str, int | None], dict] = lambda teacher, g_steps: {}
 
 
 METHODS: dict[str, Method] = {}
 
 
-def register(
-    name: str, method: Method, flags: Mapping[str, str] | None = None, types: Mapping[str, object] | None = None
-) -> None:
-    """Offer `method` by `name`, to the command line as well.
+def register(name: str, method: Method, flags: Mapping | None = None, types: Mapping | None = None) -> None:
+    """Offer `method` by `name`, to the command line as well. Raises ValueError if the name is taken.
 
     Args:
-        flags: help of settings that no other method has.
+        flags: help of settings that no other method has, flag -> text.
         types: argparse types of these, or dictionaries of its options, see `datafree.cli.TYPES`; without one, a
             setting is a loss's weight, a number from 0 on.
-
-    Raises:
-        ValueError: the name is taken.
     """
     if name in METHODS:
         raise ValueError(f"the name {name!r} is taken: register the method under another one")
@@ -223,8 +224,7 @@ class Best:
         """Keep copies of these tensors if `loss` (0-d) is the lowest so far."""
         loss, tensors = loss.detach(), [t.detach() for t in tensors]
         if self.loss is None:
-            self.loss, self.tensors = loss, [t.clone() for t in tensors]
-            return
+            self.loss, self.tensors = loss, tensors
         better = loss < self.loss
         self.loss = torch.where(better, loss, self.loss)
         self.tensors = [torch.where(better, new, old) for new, old in zip(tensors, self.tensors, strict=True)]
@@ -240,7 +240,6 @@ def redraw(module: nn.Module, gamma: float = 1.0) -> None:
     for m in module.modules():
         if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | nn.BatchNorm2d):
             if m.weight is not None:
-                mean = gamma if isinstance(m, nn.BatchNorm2d) else 0.0
-                nn.init.normal_(m.weight, mean, 0.02)
+                nn.init.normal_(m.weight, gamma if isinstance(m, nn.BatchNorm2d) else 0.0, 0.02)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)

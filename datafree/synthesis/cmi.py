@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datafree.errors import UsageError
-from datafree.losses import at_least_float32, contrastive_loss
+from datafree.losses import contrastive_loss
 from datafree.pool import read_rows, write_rows
 
 from .base import GENERATOR, STUDENT, Best, Method, Synthesizer, adam, redraw, register
@@ -60,29 +60,22 @@ class CMI(Synthesizer):
         optimizers += [self.head_optimizer] if self.cr else []
         best = Best()
         for _ in range(self.g_steps):
-            with self.runtime.autocast():
-                images = self.generator(z)
-            images = at_least_float32(images)
+            images = self.generate(self.generator, z)
             losses, features = self.losses(images, targets, adversarial)
             loss = self.weigh(losses)
             best.offer(loss, images, *features)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-            tick(loss.detach())
-        self.best_loss, (images, *features) = best.loss, best.tensors
+            self.descend(loss, tick, *optimizers)
+        images, *features = best.tensors
         self.pool.add(images)
         for rows in features:
             self.bank.add(rows)
-        return {k: v.detach() for k, v in losses.items()}
+        return losses
 
     def losses(self, images: Tensor, targets: Tensor, adversarial: bool) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The terms of weight above 0 by name; with L_cr, the features (N, 2 D) of both views, else nothing."""
+        losses = self.inversion_losses(self.view(images), targets, adversarial, self.layers if self.cr else ())
         if not self.cr:
-            return self.inversion_losses(self.view(images), targets, adversarial), []
-        losses = self.inversion_losses(self.view(images), targets, adversarial, self.layers)
+            return losses, []
         global_features = self.hooks.features()
         local_features = self.features(self.strong_view(images))
         bank_local, bank_global = self.bank.draw(self.n_neg).chunk(2, dim=1)
@@ -122,37 +115,22 @@ class CMI(Synthesizer):
             mirror = torch.rand(n, device=images.device) < 0.5
             matrix[:, 0, 0] = torch.where(mirror, -scale, scale)
         grid = F.affine_grid(matrix, (n, 1, height, width), align_corners=False)
-        x = F.grid_sample(images, grid, align_corners=False, padding_mode="border")
-        return self.transform.normalize(x).contiguous(memory_format=torch.channels_last)
+        return self.normalized(F.grid_sample(images, grid, align_corners=False, padding_mode="border"))
 
     def flush(self) -> None:
         if self.cr:
             self.bank.flush()
 
-    def _parts(self) -> dict:
-        names = ("generator", "head", "head_optimizer", "bank") if self.cr else ("generator",)
-        return {name: getattr(self, name) for name in names}
-
-    def state_dict(self) -> dict:
-        return {name: part.state_dict() for name, part in self._parts().items()}
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+    def kept(self):
+        return ("generator", "head", "head_optimizer", "bank") if self.cr else ("generator",)
 
 
 def stages(network: nn.Module) -> list[nn.Module]:
-    """`layer1`, `layer2` ... of a ResNet.
-
-    Raises:
-        UsageError: the network has none.
-    """
+    """`layer1`, `layer2` ... of a ResNet. Raises UsageError if the network has none."""
     found = [m for name, m in network.named_children() if re.fullmatch(r"layer\d", name)]
     if not found:
-        raise UsageError(
-            f"--feature_layers blocks: a {type(network).__name__} has no stages layer1, layer2 ... as ResNets have: "
-            "give --feature_layers bn"
-        )
+        text = f"--feature_layers blocks: a {type(network).__name__} has no stages layer1, layer2 ... as ResNets have"
+        raise UsageError(f"{text}: give --feature_layers bn")
     return found
 
 
@@ -215,24 +193,21 @@ class MemoryBank:
             read_rows(self.path, *self._pieces(self.saved - self.count, self.rows[: self.count]))
 
 
-register(
-    "cmi",
-    Method(
-        CMI,
-        STUDENT
-        | GENERATOR
-        | dict(g_steps=200, lr_g=1e-3, adv=0.5, bn=1.0, oh=1.0, cr=0.8, cr_T=0.2)
-        | dict(bank_size=40960, n_neg=4096, head_dim=256, feature_layers="bn"),
-        rows={"CMI-500": "--g_steps 500"},
-        adjust=lambda teacher, g_steps: {"feature_layers": "blocks"} if teacher == "resnet34" else {},
-    ),
-    {
-        "cr": "weight of the contrastive loss",
-        "cr_T": "temperature of the contrastive loss",
-        "bank_size": "images in the memory bank",
-        "n_neg": "of the bank, negatives of a step",
-        "head_dim": "output size of the instance discriminator",
-        "feature_layers": "what it sees: the means of what enters the BatchNorm layers, or the stages of a ResNet",
-    },
-    {"feature_layers": dict(choices=("bn", "blocks"))},
-)
+# fmt: off
+RECIPE = STUDENT | GENERATOR | dict(g_steps=200, lr_g=1e-3, adv=0.5, bn=1.0, oh=1.0, cr=0.8, cr_T=0.2, bank_size=40960,
+                                    n_neg=4096, head_dim=256, feature_layers="bn")
+FLAGS = {
+    "cr": "weight of the contrastive loss", "cr_T": "temperature of the contrastive loss",
+    "bank_size": "images in the memory bank", "n_neg": "of the bank, negatives of a step",
+    "head_dim": "output size of the instance discriminator",
+    "feature_layers": "what it sees: the means of what enters the BatchNorm layers, or the stages of a ResNet",
+}
+# fmt: on
+
+
+def adjust(teacher: str, g_steps: int | None) -> dict[str, str]:
+    """The settings of CMI that differ from its recipe's."""
+    return {"feature_layers": "blocks"} if teacher == "resnet34" else {}
+
+
+register("cmi", Method(CMI, RECIPE, adjust=adjust), FLAGS, {"feature_layers": dict(choices=("bn", "blocks"))})

@@ -44,16 +44,11 @@ class DeepInversion(Synthesizer):
             losses = self.losses(x, self.jitter(x), targets, adversarial)
             loss = self.weigh(losses)
             best.offer(loss, x)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            self.descend(loss, tick, optimizer)
             with torch.no_grad():
                 x.clamp_(low, high)
-            tick(loss.detach())
-        chosen = x.detach() if self.as_published else best.tensors[0]
-        self.best_loss, images = best.loss, self.transform.denormalize(chosen)
-        self.pool.add(images)
-        return {k: v.detach() for k, v in losses.items()}
+        self.pool.add(self.transform.denormalize(x.detach() if self.as_published else best.tensors[0]))
+        return losses
 
     def unseen(self) -> Iterator[Tensor]:
         """A batch of normalised images that the student never learns from: always the same one."""
@@ -95,12 +90,6 @@ class DeepInversion(Synthesizer):
         return losses
 
 
-register(
-    "deepinv",
-    Method(
-        DeepInversion,
-        STUDENT | dict(g_steps=1000, lr_g=0.1, adv=1.0, bn=10.0, oh=1.0, tv=0.0, l2=0.0),
-        rows={"DeepInversion": "", "DeepInv-2k": "--g_steps 2000"},
-    ),
-    {"tv": "weight of the total variation", "l2": "weight of the batch's norm"},
-)
+RECIPE = STUDENT | dict(g_steps=1000, lr_g=0.1, adv=1.0, bn=10.0, oh=1.0, tv=0.0, l2=0.0)
+FLAGS = {"tv": "weight of the total variation", "l2": "weight of the batch's norm"}
+register("deepinv", Method(DeepInversion, RECIPE), FLAGS)

@@ -6,8 +6,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from datafree.losses import at_least_float32
-
 from .base import GENERATOR, STUDENT, Best, Method, Synthesizer, adam, redraw, register
 
 
@@ -24,18 +22,8 @@ class Fast(Synthesizer):
     """
 
     terms = ("bn", "oh", "adv")
-    settings = (
-        *Synthesizer.settings,
-        *terms,
-        "lr_g",
-        "lr_z",
-        "bn_mmt",
-        "meta",
-        "is_maml",
-        "reset_l0",
-        "reset_bn",
-        "as_published",
-    )
+    own = ("lr_g", "lr_z", "bn_mmt", "meta", "is_maml", "reset_l0", "reset_bn", "as_published")
+    settings = (*Synthesizer.settings, *terms, *own)
     reptile_factor = 67.0
     summed = True  # whether first-order MAML takes the gradients of all steps
 
@@ -45,39 +33,30 @@ class Fast(Synthesizer):
             self.meta_optimizer = adam((self.generator.parameters(), self.lr_g * self.g_steps))
 
     def invert(self, z: Tensor, targets: Tensor, adversarial: bool, tick: Callable) -> dict[str, Tensor]:
-        """One round from latents z (N, nz) towards classes targets (N,); returns the last losses.
-
-        z is optimised in place.
-        """
+        """One round from latents z (N, nz), optimised in place, towards classes targets (N,)."""
         z.requires_grad_()
         inner = copy.deepcopy(self.generator) if self.meta else self.generator
         weights = [p for p in inner.parameters() if p.requires_grad]
         optimizer = adam((weights, self.lr_g), ([z], self.lr_z))
         copies, best = [*weights, z], Best()
         for step in range(self.g_steps):
-            with self.runtime.autocast():
-                images = inner(z)
-            images = at_least_float32(images)
+            images = self.generate(inner, z)
             losses = self.inversion_losses(self.view(images), targets, adversarial)
             loss = self.weigh(losses)
             best.offer(loss, images)
-            optimizer.zero_grad()
-            loss.backward()
+            self.descend(loss, tick, optimizer)
             if self.meta and self.is_maml:
                 self._take_gradients(copies, step == 0 or not self.summed)
-            optimizer.step()
-            tick(loss.detach())
         if self.bn:
             self.hooks.update()
+        if self.meta and not self.is_maml:
+            for common, mine in zip(self.common(), copies, strict=False):
+                common.grad = self.reptile_factor * (common - mine).detach()
         if self.meta:
-            if not self.is_maml:
-                with torch.no_grad():
-                    for common, mine in zip(self.common(), copies, strict=False):
-                        common.grad = self.reptile_factor * (common - mine)
             self.meta_step()
         self.best_loss, (images,) = best.loss, best.tensors
         self.pool.add(images)
-        return {k: v.detach() for k, v in losses.items()}
+        return losses
 
     def common(self) -> list[Tensor]:
         """What the rounds share; the first of a round's copies correspond."""
@@ -96,10 +75,9 @@ class Fast(Synthesizer):
         self.meta_optimizer.step()
 
     def reset(self) -> None:
-        """What happens once in mid-run: --reset_l0 redraws the generator's first linear layer and
-        first BatchNorm, --reset_bn every BatchNorm.
+        """In mid-run --reset_l0 redraws the generator's first linear layer and BatchNorm, --reset_bn all BatchNorms.
 
-        As published, that BatchNorm's scale gets the mean 0 of a weight instead of 1.
+        As published, the first BatchNorm's scale gets the mean 0 of a weight instead of 1.
         """
         layers = list(self.generator.modules())
         norms = [m for m in layers if isinstance(m, nn.BatchNorm2d)]
@@ -110,15 +88,8 @@ class Fast(Synthesizer):
             for norm in norms:
                 redraw(norm)
 
-    def state_dict(self) -> dict:
-        meta = {"meta_optimizer": self.meta_optimizer.state_dict()} if self.meta else {}
-        return {"generator": self.generator.state_dict(), "hooks": self.hooks.state_dict()} | meta
-
-    def load_state_dict(self, state: dict) -> None:
-        self.generator.load_state_dict(state["generator"])
-        self.hooks.load_state_dict(state["hooks"])
-        if self.meta:
-            self.meta_optimizer.load_state_dict(state["meta_optimizer"])
+    def kept(self):
+        return ("generator", "hooks", "meta_optimizer") if self.meta else ("generator", "hooks")
 
 
 # What the published scripts choose by teacher and by g_steps.
@@ -131,22 +102,15 @@ def adjust(teacher: str, g_steps: int | None) -> dict[str, float]:
     return FAST_BY_TEACHER.get(teacher, {}) | FAST_BY_STEPS.get(g_steps, {})
 
 
-RECIPE = (
-    STUDENT
-    | GENERATOR
-    | dict(n_epochs=220, warmup=20, lr=0.2, g_steps=10, lr_z=0.01, lr_g=2e-3)
-    | dict(adv=1.1, bn=10.0, oh=0.4, bn_mmt=0.9, reset_l0=1, reset_bn=0)
-)
-register(
-    "fast",
-    Method(Fast, RECIPE, dict(meta=False, is_maml=0), adjust=adjust),
-    {
-        "lr_z": "learning rate of the latents",
-        "bn_mmt": "momentum of the batches' BatchNorm statistics",
-        "reset_l0": "1: redraw the generator's first layer in mid-run",
-        "reset_bn": "1: redraw the generator's BatchNorm layers in mid-run",
-        "is_maml": "1: first-order MAML, 0: Reptile",
-    },
-)
-ROWS = {f"Fast-{n}": f"--g_steps {n}" for n in (2, 5, 10)}
-register("fast_meta", Method(Fast, RECIPE | dict(is_maml=1), dict(meta=True), ROWS, adjust))
+# fmt: off
+RECIPE = STUDENT | GENERATOR | dict(n_epochs=220, warmup=20, lr=0.2, g_steps=10, lr_z=0.01, lr_g=2e-3, adv=1.1, bn=10.0,
+                                    oh=0.4, bn_mmt=0.9, reset_l0=1, reset_bn=0)
+FLAGS = {
+    "lr_z": "learning rate of the latents", "bn_mmt": "momentum of the batches' BatchNorm statistics",
+    "reset_l0": "1: redraw the generator's first layer in mid-run",
+    "reset_bn": "1: redraw the generator's BatchNorm layers in mid-run",
+    "is_maml": "1: first-order MAML, 0: Reptile",
+}
+# fmt: on
+register("fast", Method(Fast, RECIPE, dict(meta=False, is_maml=0), adjust), FLAGS)
+register("fast_meta", Method(Fast, RECIPE | dict(is_maml=1), dict(meta=True), adjust))

@@ -14,8 +14,7 @@ class FastLatents(Fast):
     between them and their copies' ends, by first-order MAML (1) along the copies' last gradients. After
     `z_rounds` rounds the common latents are drawn anew, and their Adam begins again.
 
-    In the published code latents and copy share their memory, so that this difference is 0, and
-    the latents themselves stand for their gradient.
+    In the published code latents and copy share their memory: the difference is 0, the latents are their gradient.
     """
 
     own = ("lr_g", "lr_z", "meta_lr_g", "meta_lr_z", "z_rounds", "reptile_factor", "is_maml", "bn_mmt")
@@ -44,14 +43,16 @@ class FastLatents(Fast):
         self.rounds += 1
         return self.invert(self.z.clone(), self.targets(), adversarial, tick)
 
+    def kept(self):
+        return *super().kept(), "z_optimizer"
+
     def state_dict(self) -> dict:
-        return super().state_dict() | {"z": self.z, "z_optimizer": self.z_optimizer.state_dict(), "rounds": self.rounds}
+        return super().state_dict() | {"z": self.z, "rounds": self.rounds}
 
     def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
         self.share(state["z"])
-        self.z_optimizer.load_state_dict(state["z_optimizer"])
         self.rounds = state["rounds"]
+        super().load_state_dict(state)
 
 
 # The published settings of datafree_kd_imagenet.py; adv is 1.0 where the student is a ResNet-18.

@@ -18,8 +18,7 @@ class Generative(Synthesizer):
     the last term DAFL's L_ie in natural logarithms and D the mean absolute difference of the logits
     (`criterion` "l1") or KL(t || s) ("kl").
 
-    The published code hands the teacher in as the student, so that D is always 0; with
-    `as_published` that is so here.
+    The published code hands the teacher in as the student, so that D is always 0; so does `as_published`.
     """
 
     terms = ("bn", "oh", "adv", "act", "balance")
@@ -35,17 +34,13 @@ class Generative(Synthesizer):
     def round(self, adversarial, tick):
         for _ in range(self.g_steps):
             losses = self.step(self.latents(), adversarial)
-            loss = self.weigh(losses)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            tick(loss.detach())
-        return {k: v.detach() for k, v in losses.items()}
+            self.descend(self.weigh(losses), tick, self.optimizer)
+        return losses
 
     def step(self, z: Tensor, adversarial: bool) -> dict[str, Tensor]:
         """The losses of weight above 0 on the images of latents z (N, nz), by name."""
+        x = self.normalized(self.generate(self.generator, z))
         with self.runtime.autocast():
-            x = self.normalized(self.generator, z)
             with self.hooks.record(bool(self.bn)):
                 t_logits, t_features = self.teacher(x, return_features=True)
             s_logits = self.opponent(x) if self.adv and adversarial else None
@@ -64,15 +59,10 @@ class Generative(Synthesizer):
 
     @torch.no_grad()
     def sample(self, n: int, batch_size: int) -> Iterator[Tensor]:
-        """n batches of fresh normalised images (batch_size, C, H, W).
-
-        The generator stays in train mode, as published.
-        """
+        """n batches of fresh normalised images (batch_size, C, H, W), of the generator in train mode, as published."""
         for _ in range(n):
             z = self.generator.latents(batch_size, device=self.runtime.device)
-            with self.runtime.autocast():
-                x = self.normalized(self.generator, z)
-            yield x
+            yield self.normalized(self.generate(self.generator, z))
 
     @torch.no_grad()
     def pictures(self, n: int) -> Tensor:
@@ -83,20 +73,13 @@ class Generative(Synthesizer):
         self.generator.train()
         return x
 
-    def state_dict(self) -> dict:
-        return {"generator": self.generator.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.generator.load_state_dict(state["generator"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def kept(self):
+        return "generator", "optimizer"
 
 
 RECIPE = STUDENT | GENERATOR | dict(kd_steps=5, g_steps=1, lr_g=1e-3, adv=0.0, bn=0.0, oh=0.0, act=0.0, balance=0.0)
-register(
-    "zskt",
-    Method(Generative, RECIPE | dict(adv=1.0), rows={"ZSKT": ""}),
-    {"act": "weight of the activation loss", "balance": "weight of the class balance"},
-)
-register("dfad", Method(Generative, RECIPE | dict(adv=1.0, criterion="l1", T=1.0), rows={"DFAD": ""}))
-register("dafl", Method(Generative, RECIPE | dict(oh=1.0, act=0.001, balance=20.0, nz=512), rows={"DAFL": ""}))
-register("dfq", Method(Generative, RECIPE | dict(kd_steps=10, adv=1.0, bn=1.0, oh=1.0, balance=20.0), rows={"DFQ": ""}))
+FLAGS = {"act": "weight of the activation loss", "balance": "weight of the class balance"}
+register("zskt", Method(Generative, RECIPE | dict(adv=1.0)), FLAGS)
+register("dfad", Method(Generative, RECIPE | dict(adv=1.0, criterion="l1", T=1.0)))
+register("dafl", Method(Generative, RECIPE | dict(oh=1.0, act=0.001, balance=20.0, nz=512)))
+register("dfq", Method(Generative, RECIPE | dict(kd_steps=10, adv=1.0, bn=1.0, oh=1.0, balance=20.0)))

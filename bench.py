@@ -26,13 +26,13 @@ import json
 import resource
 import statistics
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch.utils.benchmark import timer  # waits for the GPU
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
@@ -227,6 +227,13 @@ SETTINGS = {"mnist": DaflWay, "cifar10": DaflWay, "dfad_mnist": DfadWay, "dfad_c
 SETTINGS |= dict.fromkeys(PAIRS, FastWay)
 
 
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def matmul_peak(runtime: Runtime) -> float:
     """Floating-point operations per second of a large matrix product, the best of twenty."""
     dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
@@ -234,9 +241,9 @@ def matmul_peak(runtime: Runtime) -> float:
     a, b = torch.randn(2, size, size, device=runtime.device, dtype=dtype)
     seconds = []
     for _ in range(20):
-        start = timer()
+        start = now(runtime.device)
         a @ b
-        seconds.append(timer() - start)
+        seconds.append(now(runtime.device) - start)
     return 2 * size**3 / min(seconds)
 
 
@@ -257,10 +264,10 @@ def measure(kind: str, label: str | None = None, count: int = 1) -> float:
         return counter.get_total_flops()
     if kind == "seconds":
         step(way)
-        start = timer()
+        start = now(way.device)
         for _ in range(count):
             step(way)
-        return (timer() - start) / count
+        return (now(way.device) - start) / count
     if way.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -296,10 +303,8 @@ def main(args):
         ratios = [block["published"] / block["ours"] for block in blocks]
         ratio = statistics.median(ratios)
         spread = f"{ratio:.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        rates, shares = (
-            " ".join(f"{x[name]:10{form}}" for name in WAYS) for x, form in ((rate, ".0f"), (share, ".0%"))
-        )
-        print(f"{label:20} {rates} {spread:>20} {shares}")
+        rates = f"{rate['published']:10.0f} {rate['ours']:10.0f}"
+        print(f"{label:20} {rates} {spread:>20} {share['published']:10.0%} {share['ours']:10.0%}")
         figures[label] = {"images_per_second": rate, "ratio": ratio, "ratios": ratios, "share_of_peak": share}
     memory = ask("memory")
     for executor in process.values():

@@ -56,17 +56,14 @@ def write_thumbnails(path: Path, n: int, different: int = 200) -> None:
 
 def peak_memory() -> dict[str, int]:
     """Bytes: the main process's, and the largest finished worker's."""
-    return {
-        name: resource.getrusage(who).ru_maxrss * 1024
-        for name, who in (("main", resource.RUSAGE_SELF), ("worker", resource.RUSAGE_CHILDREN))
-    }
+    whose = {"main": resource.RUSAGE_SELF, "worker": resource.RUSAGE_CHILDREN}
+    return {name: resource.getrusage(who).ru_maxrss * 1024 for name, who in whose.items()}
 
 
 def main(args):
     """Measure and print; returns the figures."""
     runtime = setup(args)
-    grey = args.teacher.startswith("lenet5")
-    source = SOURCES["mnist" if grey else "cifar10"]
+    source = SOURCES["mnist" if args.teacher.startswith("lenet5") else "cifar10"]
     teacher = get_model(args.teacher, 10, source.channels).eval().requires_grad_(False)
     runtime.place(teacher)
     with tempfile.TemporaryDirectory() as folder:
@@ -80,24 +77,14 @@ def main(args):
         scanned = time.perf_counter() - start - listed
     if found["broken"]:
         raise RuntimeError(f"{found['broken']} thumbnails could not be read")
-    figures = {
-        "device": device_name(runtime.device),
-        "torch": torch.__version__,
-        "teacher": args.teacher,
-        "precision": runtime.precision,
-        "images": len(split),
-        "seconds_to_list": listed,
-        "seconds_to_scan": scanned,
-        "images_per_second": len(split) / scanned,
-        "memory_before": before,
-        "peak_memory": peak_memory(),
-    }
-    memory = figures["peak_memory"]
+    rate, memory = len(split) / scanned, peak_memory()
+    figures = dict(device=device_name(runtime.device), torch=torch.__version__, teacher=args.teacher)
+    figures |= dict(precision=runtime.precision, images=len(split), seconds_to_list=listed, seconds_to_scan=scanned)
+    figures |= dict(images_per_second=rate, memory_before=before, peak_memory=memory)
+    main, worker, before = (x / 2**30 for x in (memory["main"], memory["worker"], before))
     print(
-        f"{figures['device']}: {len(split):,} images listed in {listed:.1f} s and scanned in "
-        f"{scanned:.0f} s, {figures['images_per_second']:,.0f}/s; peak memory "
-        f"{memory['main'] / 2**30:.2f} GiB ({before / 2**30:.2f} before), a worker's "
-        f"{memory['worker'] / 2**30:.2f}"
+        f"{figures['device']}: {len(split):,} images listed in {listed:.1f} s and scanned in {scanned:.0f} s, "
+        f"{rate:,.0f}/s; peak memory {main:.2f} GiB ({before:.2f} before), a worker's {worker:.2f}"
     )
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")

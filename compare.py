@@ -339,7 +339,7 @@ def plot_synthesis(rows: Sequence[dict], folder: Path) -> None:
             own = [r for r in found if r["method"] == method]
             point = dict(color=f"C{i}", marker="o", linestyle="none")
             axes.plot(float(hours[own[0]["cell"]]), own[0]["paper"], **point, fillstyle="none", label=method)
-            run = [r for r in own if r["n"]]
+            run = [r for r in own if r["synthesis_minutes"]]
             axes.plot([r["synthesis_minutes"] / 60 for r in run], [r["best"] for r in run], **point)
         axes.plot([], [], "ko", fillstyle="none", label="published")
         axes.plot([], [], "ko", label="ours")
@@ -387,10 +387,8 @@ def main(args):
         plot_synthesis(rows, top.parent / "results" / "plots")
         print(f"{len({r['cell'] for r in rows if r['n']})} cells with runs, {len(others)} kinds of other runs: {top}")
         return rows
-    told = {
-        "cells": [{k: row[k] for k in COLUMNS} for row in rows],
-        "others": [r["file"] for runs in others for r in runs],
-    }
+    cells = [{k: row[k] for k in COLUMNS} for row in rows]
+    told = {"cells": cells, "others": [r["file"] for runs in others for r in runs]}
     made = {"md": lambda: full_table(rows), "csv": lambda: as_csv(rows),
             "json": lambda: json.dumps(told, indent=1) + "\n"}  # fmt: skip
     text = made[args.format]()

@@ -55,6 +55,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import papers
 from data import SOURCES, get_images, preset_of
@@ -77,6 +78,19 @@ SMALL = {
     "imagenet": dict(batch_size=100, synthesis_batch_size=100),
     "folder": {},
 }
+# fmt: off
+OWN = (
+    ("--cmi_init", "cmi: start from images inverted before: a run's folder, an .npz of --export_images, or any folder "
+     "of images", dict(metavar="PATH")),
+    ("--as_published", "with the published code's faults 1 to 4, to see what they do", dict(action="store_true")),
+    ("--pool_size", "images of the pool that stay on the device, the others wait in the host's memory (default: all)",
+     dict(type=number(int, 0), metavar="N")),
+    ("--export_images", "at the end write the pool as files; with --resume of a finished run, only that",
+     dict(choices=("png", "npz"))),
+    ("--save_dir", "where --export_images writes (default: <run folder>/images); by itself it means --export_images "
+     "png", dict(metavar="DIR")),
+)
+# fmt: on
 
 
 def preset_for(args: argparse.Namespace) -> dict:
@@ -95,36 +109,11 @@ def parse_args(argv=None):
     recipes = describe_presets({name: method.recipe for name, method in METHODS.items()})
     small = describe_presets({k: v for k, v in SMALL.items() if v})
     p = Parser(__file__, __doc__.format(recipes=recipes, small=small))
-    p.add_argument("--method", choices=METHODS, default="fast_meta", help="(default: %(default)s)")
+    p.add(("--method", "(default: %(default)s)", dict(choices=METHODS, default="fast_meta")))
     p.add_dataset()
     p.add_networks()
     p.add_recipe(**{k: FLAGS[k] for method in METHODS.values() for k in method.recipe})
-    p.add_argument(
-        "--cmi_init",
-        metavar="PATH",
-        help="cmi: start from images inverted before: a run's folder, an .npz of --export_images, or any folder of "
-        "images",
-    )
-    p.add_argument(
-        "--as_published", action="store_true", help="with the published code's faults 1 to 4, to see what they do"
-    )
-    p.add_argument(
-        "--pool_size",
-        type=number(int, 0),
-        metavar="N",
-        help="images of the pool that stay on the device, the others wait in the host's memory (default: all)",
-    )
-    p.add_argument(
-        "--export_images",
-        choices=("png", "npz"),
-        help="at the end write the pool as files; with --resume of a finished run, only that",
-    )
-    p.add_argument(
-        "--save_dir",
-        metavar="DIR",
-        help="where --export_images writes (default: <run folder>/images); by itself it means --export_images png",
-    )
-    p.add(PICTURES)
+    p.add(*OWN, PICTURES)
     p.add_run()
     args = p.parse_args(argv)
     method, recipe = METHODS[args.method], preset_for(args)
@@ -141,14 +130,10 @@ def parse_args(argv=None):
         args.T = family.published_T or args.T
     if not any(getattr(args, term) for term in family.terms):
         p.error(f"the weights {' '.join(f'--{t}' for t in family.terms)} are all 0: nothing would make images")
-    if args.kd_steps > args.ep_steps:
-        p.error(
-            f"--kd_steps {args.kd_steps} does not fit into an epoch of --ep_steps {args.ep_steps}: raise the latter"
-        )
+    check_rounds(p, args)
     if args.warmup >= args.n_epochs:
-        p.error(
-            f"--warmup {args.warmup} leaves none of {args.n_epochs} epochs to the student: lower it, or raise --epochs"
-        )
+        left = f"leaves none of {args.n_epochs} epochs to the student"
+        p.error(f"--warmup {args.warmup} {left}: lower it, or raise --epochs")
     if args.cmi_init and family is not CMI:
         p.error("--cmi_init is for --method cmi")
     if args.save_dir and not args.export_images:
@@ -158,31 +143,46 @@ def parse_args(argv=None):
     return args
 
 
-def train_epoch(
-    epoch: int, s: Session, synthesizer: Synthesizer, optimizer: torch.optim.Optimizer, timer: Stopwatch
-) -> dict[str, Tensor]:
+def check_rounds(p: Parser, args: argparse.Namespace) -> None:
+    """Refuse rounds that are longer than an epoch."""
+    if args.kd_steps > args.ep_steps:
+        limit = f"an epoch of --ep_steps {args.ep_steps}"
+        p.error(f"--kd_steps {args.kd_steps} does not fit into {limit}: raise the latter")
+
+
+def clock(args: argparse.Namespace, epoch: int, i: int) -> int:
+    """What --warmup is compared with in round i of an epoch: the epoch; as published the number of rounds, from 1."""
+    return epoch * (args.ep_steps // args.kd_steps) + i + 1 if args.as_published else epoch
+
+
+def make_images(s: Session, synthesizer: Synthesizer, adversarial: bool, timer: Stopwatch) -> dict[str, Tensor]:
+    """A round of the synthesizer, timed, against a student that stands still; returns its last losses."""
+    s.student.eval().requires_grad_(False)
+    with timer:
+        losses = synthesizer.synthesize(adversarial, s.run.tick)
+    s.student.train().requires_grad_(True)
+    return losses
+
+
+def train_epoch(epoch: int, s: Session, synthesizer: Synthesizer, optimizer: Optimizer, timer: Stopwatch) -> dict:
     """args.ep_steps // args.kd_steps rounds; returns the mean of each loss, 0 while it is off."""
-    args, student = s.args, s.student
+    args = s.args
     rounds = args.ep_steps // args.kd_steps
     set_lr(optimizer, cosine_at(epoch - args.warmup, args.lr, args.n_epochs - args.warmup, 2e-4))
     total = {f"loss_{term}": 0.0 for term in synthesizer.terms if getattr(args, term)} | {"loss_kd": 0.0}
+    reset = args.warmup + (120 if args.as_published else round(0.6 * (args.n_epochs - args.warmup)))
     for i in range(rounds):
-        # As published, rounds are counted from 1 here, and the student's epochs from 0.
-        clock = epoch * rounds + i + 1 if args.as_published else epoch
-        reset = args.warmup + (120 if args.as_published else round(0.6 * (args.n_epochs - args.warmup)))
-        if clock == reset and (i == 0 or args.as_published) and (args.reset_l0 or args.reset_bn):
+        now = clock(args, epoch, i)
+        if now == reset and (i == 0 or args.as_published) and (args.reset_l0 or args.reset_bn):
             synthesizer.reset()
-        student.eval().requires_grad_(False)
-        with timer:
-            losses = synthesizer.synthesize(clock >= args.warmup, s.run.tick)
+        losses = make_images(s, synthesizer, now >= args.warmup, timer)
         total |= {k: total[k] + v / rounds for k, v in losses.items()}
-        student.train().requires_grad_(True)
         if epoch >= args.warmup:
             total["loss_kd"] += distill(synthesizer.sample(args.kd_steps, args.batch_size), s, optimizer) / rounds
     return total
 
 
-def distill(batches: Iterable[Tensor], s: Session, optimizer: torch.optim.Optimizer) -> Tensor | float:
+def distill(batches: Iterable[Tensor], s: Session, optimizer: Optimizer) -> Tensor | float:
     """A student step on each batch of normalised images; returns the mean loss."""
     total, args = 0.0, s.args
     for x in batches:
@@ -220,17 +220,9 @@ def main(args):
     if family.pooled:
         capacity = args.n_epochs * rounds * args.synthesis_batch_size + (0 if inverted is None else len(inverted))
         pool = ImagePool(shape, s.runtime.device, run_folder(args) / "pool.u8", args.pool_size, capacity)
-    synthesizer = family(
-        s.teacher,
-        s.student,
-        generator,
-        s.transform,
-        shape,
-        s.data.num_classes,
-        s.runtime,
-        pool,
-        **{k: getattr(args, k) for k in family.settings},
-    )
+    settings = {k: getattr(args, k) for k in family.settings}
+    networks = s.teacher, s.student, generator, s.transform
+    synthesizer = family(*networks, shape, s.data.num_classes, s.runtime, pool, **settings)
     s.unseen = synthesizer.unseen
     optimizer = make_optimizer("sgd", s.student.parameters(), args.lr, args.weight_decay)
     timer = Stopwatch(s.runtime.device)
@@ -240,20 +232,24 @@ def main(args):
         synthesizer.start_from(inverted)
     if note:
         s.run.log(note)
-    student_steps = rounds * args.kd_steps
-    iterations = [rounds * args.g_steps + student_steps * (epoch >= args.warmup) for epoch in range(args.n_epochs)]
-    for epoch in s.epochs(iterations, args.batch_size):
+    for epoch in s.epochs(iterations_of(args, synthesizer), args.batch_size):
         losses = train_epoch(epoch, s, synthesizer, optimizer, timer)
         s.record(losses, lambda: synthesizer.pictures(64), synthesis_seconds=round(timer.seconds(), 3))
-    fresh = student_steps * args.batch_size * (args.n_epochs - args.warmup)
-    result = s.finish(
-        method=args.method,
-        synthesis_seconds=round(timer.seconds(), 1),
-        generated_images=fresh if pool is None else len(pool),
-    )
+    fresh = rounds * args.kd_steps * args.batch_size * (args.n_epochs - args.warmup)
+    made, seconds = fresh if pool is None else len(pool), round(timer.seconds(), 1)
+    result = s.finish(method=args.method, synthesis_seconds=seconds, generated_images=made)
     if args.export_images:
         s.run.log(f"images: {pool.export(args.export_images, args.save_dir or s.run.folder / 'images')}")
     return result
+
+
+def iterations_of(args: argparse.Namespace, synthesizer: Synthesizer) -> list[int]:
+    """The updates of each epoch, by rounds that make images and by the student."""
+    rounds, counts = args.ep_steps // args.kd_steps, []
+    for epoch in range(args.n_epochs):
+        made = sum(synthesizer.has_terms(clock(args, epoch, i) >= args.warmup) for i in range(rounds))
+        counts.append(made * args.g_steps + rounds * args.kd_steps * (epoch >= args.warmup))
+    return counts
 
 
 def leave_out_batch_norm(args: argparse.Namespace, teacher: nn.Module) -> str:
@@ -265,18 +261,13 @@ def leave_out_batch_norm(args: argparse.Namespace, teacher: nn.Module) -> str:
     features = args.cr and args.feature_layers == "bn"
     if BatchNormHooks(teacher).layers or not (args.bn or features):
         return ""
+    lack = f"teacher {args.teacher} has no BatchNorm layers"
     if features or not args.bn_is_default:
         weight = "--cr" if features else "--bn"
-        raise UsageError(
-            f"teacher {args.teacher} has no BatchNorm layers, which {weight} reads: "
-            f"give {weight} 0, or a teacher that has them"
-        )
+        raise UsageError(f"{lack}, which {weight} reads: give {weight} 0, or a teacher that has them")
     args.bn = 0.0
     if not any(getattr(args, term) for term in METHODS[args.method].family.terms):
-        raise UsageError(
-            f"teacher {args.teacher} has no BatchNorm layers and all other weights are 0: give one of them, or a "
-            "teacher that has them"
-        )
+        raise UsageError(f"{lack} and all other weights are 0: give one of them, or a teacher that has them")
     return f"{args.teacher} has no BatchNorm: the term bn is left out"
 
 

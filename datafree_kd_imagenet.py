@@ -53,11 +53,15 @@ from datafree.run import run_folder
 from datafree.runtime import Stopwatch, lr_at, make_optimizer, set_lr
 from datafree.session import Session
 from datafree.synthesis import FLAGS, IMAGENET, FastLatents
-from datafree_kd import distill
+from datafree_kd import check_rounds, distill, make_images
 
 PRESETS = {"resnet18_imagenet": IMAGENET | dict(adv=1.0), "other students": IMAGENET}
 SAVE_ROUNDS = 100  # of the first phase between checkpoints
 AREA = 0.75  # the least share of an image that a crop keeps
+# fmt: off
+POOL_SIZE = ("--pool_size", "images of the pool that stay on the device, 0.15 MB each at 224 pixels, the others wait in "
+             "the host's memory (default: %(default)s)", dict(type=number(int, 0), default=100_000, metavar="N"))
+# fmt: on
 
 
 def parse_args(argv=None):
@@ -65,15 +69,7 @@ def parse_args(argv=None):
     p.add_dataset(default="imagenet")
     p.add_networks()
     p.add_recipe(**{flag: FLAGS[flag] for flag in IMAGENET})
-    p.add_argument(
-        "--pool_size",
-        type=number(int, 0),
-        default=100_000,
-        metavar="N",
-        help="images of the pool that stay on the device, 0.15 MB each at 224 pixels, the others wait in the host's "
-        "memory (default: %(default)s)",
-    )
-    p.add(PICTURES)
+    p.add(POOL_SIZE, PICTURES)
     p.add_run()
     args = p.parse_args(argv)
     networks = dict(teacher="resnet50_imagenet", student="resnet18_imagenet")
@@ -81,24 +77,18 @@ def parse_args(argv=None):
     if not args.bn and not args.oh and (args.phase1_rounds or not args.adv):
         phase = " in the first phase" if args.adv else ""
         p.error(f"--bn and --oh are both 0: nothing would make images{phase}")
-    if args.kd_steps > args.ep_steps:
-        p.error(
-            f"--kd_steps {args.kd_steps} does not fit into an epoch of --ep_steps {args.ep_steps}: raise the latter"
-        )
+    check_rounds(p, args)
     return args
 
 
 def train_epoch(epoch, s: Session, synthesizer: FastLatents, optimizer, timer: Stopwatch) -> dict:
     """args.ep_steps // args.kd_steps rounds; returns the mean of each loss."""
-    args, student = s.args, s.student
+    args = s.args
     rounds = args.ep_steps // args.kd_steps
     set_lr(optimizer, lr_at(epoch, args.lr, args.n_epochs, args.milestones))
     total = {f"loss_{term}": 0.0 for term in synthesizer.terms if getattr(args, term)} | {"loss_kd": 0.0}
     for _ in range(rounds):
-        student.eval().requires_grad_(False)
-        with timer:
-            losses = synthesizer.synthesize(True, s.run.tick)
-        student.train().requires_grad_(True)
+        losses = make_images(s, synthesizer, True, timer)
         losses["loss_kd"] = distill(synthesizer.sample(args.kd_steps, args.batch_size), s, optimizer)
         total = {k: v + losses[k] / rounds for k, v in total.items()}
     return total
@@ -110,18 +100,16 @@ def main(args):
     if s.result:
         return s.result
     if args.bn and not BatchNormHooks(s.teacher).layers:
-        raise UsageError(
-            f"teacher {args.teacher} has no BatchNorm layers, which --bn reads: give --bn 0, or a teacher that has them"
-        )
+        lack = f"teacher {args.teacher} has no BatchNorm layers"
+        raise UsageError(f"{lack}, which --bn reads: give --bn 0, or a teacher that has them")
     generator = s.generator("deep", args.nz, ngf=args.ngf)
     shape = (s.data.channels, s.data.img_size, s.data.img_size)
     rounds = args.ep_steps // args.kd_steps
     capacity = (args.phase1_rounds + args.n_epochs * rounds) * args.synthesis_batch_size
     pool = ImagePool(shape, s.runtime.device, run_folder(args) / "pool.u8", args.pool_size, capacity)
     settings = {k: getattr(args, k) for k in FastLatents.settings}
-    synthesizer = FastLatents(
-        s.teacher, s.student, generator, s.transform, shape, s.data.num_classes, s.runtime, pool, **settings
-    )
+    networks = s.teacher, s.student, generator, s.transform
+    synthesizer = FastLatents(*networks, shape, s.data.num_classes, s.runtime, pool, **settings)
     s.unseen = synthesizer.unseen
     optimizer = make_optimizer("sgd", s.student.parameters(), args.lr, args.weight_decay)
     timer = Stopwatch(s.runtime.device)
@@ -139,10 +127,8 @@ def main(args):
 
 def first_phase(s: Session, synthesizer: FastLatents, timer: Stopwatch, done: int) -> None:
     """The rounds without a student that are left when `done` are."""
-    s.student.eval().requires_grad_(False)
     for made in range(done + 1, s.args.phase1_rounds + 1):
-        with timer:
-            losses = synthesizer.synthesize(False, s.run.tick)
+        losses = make_images(s, synthesizer, False, timer)
         if made % SAVE_ROUNDS == 0:
             s.run.save_first(losses, s.student, s.card)
 

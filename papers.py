@@ -16,10 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import SOURCES
+from data import SEGMENTATIONS, SOURCES
 from datafree.cli import FREE
 from datafree.errors import UsageError
-from datafree.synthesis import METHODS
 from datafree.teachers import recipe_for
 
 TABLES = Path(__file__).resolve().parent / "results" / "paper_tables.csv"
@@ -27,7 +26,6 @@ PAPERS = {"DAFL": "dafl", "DFND": "dfnd", "DFAD": "dfad", "MMRazor DFAD": "mmraz
           "MMRazor ZSKT": "mmrazor", "Fast-Datafree": "fast", "NAYER": "nayer"}  # fmt: skip
 # By how many points a run with a cell's own flags may fall short of its value and still count as reproduced.
 MARGIN = 1.0
-SEGMENTATION = {"CamVid": "camvid", "NYUv2": "nyuv2"}
 # What the papers call the networks; the ImageNet forms go by the same names.
 NETWORKS = {
     "LeNet-5": "lenet5", "LeNet-5-HALF": "lenet5_half", "HintonNet (2x1200 MLP)": "hintonnet",
@@ -49,8 +47,12 @@ DFAD = {"mnist": "DFAD_mnist", "cifar10": "DFAD_cifar", "cifar100": "DFAD_cifar"
         "camvid": "DFAD_camvid_deeplab", "nyuv2": "DFAD_nyu_deeplab"}  # fmt: skip
 # Scripts of one data set, without --dataset.
 OF_ONE = ("DFAD_camvid_deeplab", "DFAD_nyu_deeplab", "datafree_kd_imagenet")
-# Method of Fast-Datafree's tables -> flags of datafree_kd.py.
-FAST = {row: f"--method {name} {flags}" for name, method in METHODS.items() for row, flags in method.rows.items()}
+# Method of the tables -> flags of datafree_kd.py.
+FAST = {
+    "DAFL": "--method dafl", "ZSKT": "--method zskt", "DFQ": "--method dfq", "DeepInversion": "--method deepinv",
+    "DeepInv-2k": "--method deepinv --g_steps 2000", "CMI-500": "--method cmi --g_steps 500",
+    **{f"Fast-{n}": f"--method fast_meta --g_steps {n}" for n in (2, 5, 10)},
+}  # fmt: skip
 NAYER = "NAYER is not built"
 UNKNOWN = "the figure does not say with which settings NAYER's authors ran Fast-Datafree"
 WITHOUT = {
@@ -159,13 +161,13 @@ def cells() -> tuple[Cell, ...]:
 
 
 def _cell(name: str, row: Mapping[str, str], paper: str) -> Cell:
-    method, datasets = row["method"], {source.paper: key for key, source in SOURCES.items()} | SEGMENTATION
-    dataset = datasets[row["dataset"]]
+    method = row["method"]
+    dataset = next(key for key, source in (SOURCES | SEGMENTATIONS).items() if source.paper == row["dataset"])
     teacher, student = (NETWORKS[row[role]] for role in ("teacher", "student"))
     if row["dataset"] in ("Caltech101", "ImageNet"):
         teacher, student = (n + "_imagenet" * n.startswith("resnet") for n in (teacher, student))
     cell = functools.partial(Cell, name, row, dataset, teacher, student)
-    segmentation = dataset in SEGMENTATION.values()
+    segmentation = dataset in SEGMENTATIONS
     if method in WITHOUT:
         return cell(reason=WITHOUT[method])
     if segmentation and method == "DAFL":
@@ -192,14 +194,14 @@ def _command(paper: str, dataset: str, method: str) -> str:
         "KD alternative data (similar)": related, "KD-REL": related, "KD-UNR": unrelated, "Places365+KD": "places365",
     }  # fmt: skip
     if method in transfer:
-        return f"vanilla_kd{'_seg' * (dataset in SEGMENTATION.values())} --transfer_set {transfer[method]}"
+        return f"vanilla_kd{'_seg' * (dataset in SEGMENTATIONS)} --transfer_set {transfer[method]}"
     if method in FAST and paper == "fast" or method == "DeepInversion":
         return f"datafree_kd {FAST[method]}"
     variant = " --variant mmrazor" * (paper == "mmrazor")
     return {
         "DAFL": f"DAFL_train{variant}",
         "ZSKT": "ZSKT_train",
-        # Without the falling rates a published run does not get there; MNIST's script does without, MMRazor has none.
+        # Without the falling rates a published run does not get there; MNIST's does, MMRazor's has its own.
         "DFAD": DFAD.get(dataset, "") + (variant or " --scheduler" * (dataset != "mnist")),
         "DFND": "DFND_train --wild imagenet/train",
         "Random wild images": "DFND_train --wild imagenet/train --selection random",

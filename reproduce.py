@@ -26,35 +26,40 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import papers
-from datafree.cli import STARTED, Parser, cli, count, positive, weight
+from datafree.cli import FOLDER, STARTED, Parser, cli, count, positive, weight
 from datafree.errors import TimeLimit, UsageError
 from datafree.records import read_records
 from datafree.teachers import SHIPPED, teacher_file
 
 HERE = Path(__file__).resolve().parent
+FLAG = dict(action="store_true")
 
 
 def parse_args(argv=None):
     p = Parser(__file__, __doc__)
     p.usage = "%(prog)s [CELL ...] [--select KEY=VALUE ...] [options] [flags of the cells' scripts]"
-    p.add_argument("--select", nargs="+", metavar="KEY=VALUE", help="the cells with this paper, dataset, teacher, "
-                   "student or method, as the tables or the registry call them; commas between values")  # fmt: skip
-    p.add_argument("--list", action="store_true", help="print cells and their commands (default: all cells)")
-    p.add_argument("--missing", action="store_true", help="print those without evidence (default: of all cells)")
-    p.add_argument("--dry-run", action="store_true", help="print the cells' commands, run nothing")
-    p.add_argument("--check", action="store_true", help="compare the records with the published values, run nothing")
-    p.add_argument("--margin", type=weight, default=papers.MARGIN, metavar="POINTS", help="by how much the best score "
-                   "of runs as published may fall short in --check (default: %(default)s)")  # fmt: skip
-    p.add_argument("--seeds", type=count, default=1, metavar="N", help="run seeds 0 to N - 1 (default: %(default)s)")
-    p.add_argument("--time_limit", type=positive, metavar="MINUTES", help="stop with a checkpoint before so many "
-                   "minutes have passed, exit code 75")  # fmt: skip
+    # fmt: off
+    p.add(
+        ("--select", "the cells with this paper, dataset, teacher, student or method, as the tables or the registry "
+         "call them; commas between values", dict(nargs="+", metavar="KEY=VALUE")),
+        ("--list", "print cells and their commands (default: all cells)", FLAG),
+        ("--missing", "print those without evidence (default: of all cells)", FLAG),
+        ("--dry-run", "print the cells' commands, run nothing", FLAG),
+        ("--check", "compare the records with the published values, run nothing", FLAG),
+        ("--margin", "by how much the best score of runs as published may fall short in --check (default: %(default)s)",
+         dict(type=weight, default=papers.MARGIN, metavar="POINTS")),
+        ("--seeds", "run seeds 0 to N - 1 (default: %(default)s)", dict(type=count, default=1, metavar="N")),
+        ("--time_limit", "stop with a checkpoint before so many minutes have passed, exit code 75",
+         dict(type=positive, metavar="MINUTES")),
+        ("--results", "where the records are, beside those in --out (default: results/ beside this script)",
+         FOLDER | dict(default=str(HERE / "results"))),
+    )
+    # fmt: on
     group = p.add_argument_group("for all commands, the teachers' included")
     for flag, default in (("data_root", "./datasets"), ("checkpoints", "./checkpoints"), ("out", "./runs")):
-        group.add_argument(f"--{flag}", default=default, metavar="DIR", help="(default: %(default)s)")
+        group.add_argument(f"--{flag}", help="(default: %(default)s)", **FOLDER | dict(default=default))
     for flag in ("device", "gpu"):
         group.add_argument(f"--{flag}", metavar="X", help="as the scripts have it")
-    p.add_argument("--results", default=str(HERE / "results"), metavar="DIR", help="where the records are, beside "
-                   "those in --out (default: results/ beside this script)")  # fmt: skip
     args, rest = p.parse_known_args(argv)
     # Cells come first; what follows the first unknown flag is the scripts'.
     first = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
@@ -99,9 +104,8 @@ def check(cell: papers.Cell, records: Sequence[dict], margin: float) -> bool:
     for differs, runs in papers.runs_of(cell, records).items():
         for r in runs:
             error = f", standard error {r['standard_error']:.2f}" if r.get("standard_error") else ""
-            print(
-                f"  best {r['best']:.2f}, last {r['last']:.2f}{error}: {r['file']}{differs and f', differs: {differs}'}"
-            )
+            told = f", differs: {differs}" if differs else ""
+            print(f"  best {r['best']:.2f}, last {r['last']:.2f}{error}: {r['file']}{told}")
     return found == "reproduced"
 
 
@@ -109,22 +113,18 @@ def commands(cell: papers.Cell, args: Namespace) -> list[list[str]]:
     """The scripts and flags that are to be run: the teacher's, if its file is missing, and the cell's, seed by seed."""
     shared = [word for flag in ("data_root", "checkpoints", "out", "device", "gpu") if (value := getattr(args, flag))
               for word in (f"--{flag}", value)]  # fmt: skip
-    own = papers.parse(cell.script, [*cell.flags, *args.flags])  # a wrong flag ends it here, before hours of work
+    flags = [*cell.flags, *args.flags]
+    own = papers.parse(cell.script, flags)  # a wrong flag ends it here, before hours of work
     if own.dataset not in (cell.dataset, "none"):
         raise UsageError(f"{cell.name} is of {cell.dataset}, not {own.dataset}: only --dataset none may replace it")
-    made, flags = [], [*cell.flags, *args.flags]
+    made = []
     if cell.training and not own.teacher_ckpt:
         found = papers.parse(cell.training[0], cell.training[1:])
         file = teacher_file(args.checkpoints, found.dataset, found.model, getattr(found, "recipe", None))
-        shipped = SHIPPED / file.name
-        if not file.exists() and shipped.exists():
-            file = shipped
-        if not file.exists():
-            made.append([*cell.training])
-        if own.dataset == "none":
-            flags += ["--teacher_ckpt", str(file)]
-    seeds = [["--seed", str(seed)] if seed else [] for seed in range(args.seeds)]
-    made += [[cell.script, *flags, *seed] for seed in seeds]
+        file = next((place for place in (file, SHIPPED / file.name) if place.exists()), file)
+        made += [] if file.exists() else [cell.training]
+        flags += ["--teacher_ckpt", str(file)] if own.dataset == "none" else []
+    made += [[cell.script, *flags, *(["--seed", str(seed)] if seed else [])] for seed in range(args.seeds)]
     return [[*command, *shared, "--resume"] for command in made]
 
 
@@ -145,20 +145,18 @@ def main(args):
     """List, check, show or run; returns the commands that were, or would be, run."""
     cells = chosen(args)
     if args.list or args.missing or args.check:
-        places = sorted({args.results, *([args.out] if Path(args.out).is_dir() else [])})
-        records = [r for place in places for r in read_records(place)]
+        records = read_records(args.results, *([args.out] if Path(args.out).is_dir() else []))
         if args.check:
             reached = [check(cell, records, args.margin) for cell in cells]
             return [] if all(reached) else sys.exit(1)
         return show([c for c in cells if args.list or (c.script and not papers.runs_of(c, records))], records)
-    every = [commands(cell, args) for cell in cells]
-    # One teacher serves several cells.
-    every = list(dict.fromkeys(tuple(command) for group in every for command in group))
+    every = [tuple(command) for cell in cells for command in commands(cell, args)]
+    every = [list(command) for command in dict.fromkeys(every)]  # one teacher serves several cells
     for command in every:
         print(shlex.join(["python", *command]), flush=True)
         if not args.dry_run:
             run(command, args.time_limit)
-    return [list(command) for command in every]
+    return every
 
 
 if __name__ == "__main__":

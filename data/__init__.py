@@ -30,12 +30,11 @@ __all__ = [
 class Source:
     """What is known of a data set: its loader, published transforms, and what scripts take for it.
 
-    load: (root, splits, download, attribute) -> ``Raw`` with the splits asked for, ("train", "test")
-        or ("test",).
+    load: (root, splits, download, attribute) -> ``Raw`` with the splits asked for, ("train", "test") or ("test",).
     img_size: None for that of the images. mean, std: None to compute them from the train split.
     crop: training pads by an eighth of the size and crops at random (32 pixels: by 4).
-    pair: names of the default teacher and student. like: the data set whose presets it takes where
-    it has none of its own. paper: what the papers call it.
+    pair: names of the default teacher and student. like: the data set whose presets it takes where it has none of its
+    own. paper: what the papers call it.
     """
 
     load: Callable[[Path, Sequence[str], bool, str | None], Raw]
@@ -98,13 +97,12 @@ def preset_of(name: str, presets: Mapping[str, Any]) -> Any:
 class Dataset:
     """Splits, None for those that were not asked for, and what one needs to know about them.
 
-    mean, std: one value per channel, for pixels in 0..1; None if unknown, which happens without the
-    train split.
-    padding, flip: the train transform, a random ``img_size`` crop of the image padded by
-    ``padding`` pixels, and a horizontal flip; the test transform is nothing.
+    mean, std: one value per channel, for pixels in 0..1; None if unknown, which happens without the train split.
+    padding, flip: the train transform, a random ``img_size`` crop of the image padded by ``padding`` pixels, and a
+    horizontal flip; the test transform is nothing.
     fingerprint: identifies the content of what was read: of both splits, or of test alone. In
-    memory: labels and pixels, before any resizing for data that comes as arrays, after it for
-    decoded files. Streamed: paths, sizes and labels.
+    memory: labels and pixels, before any resizing for data that comes as arrays, after it for decoded files. Streamed:
+    paths, sizes and labels.
     """
 
     name: str

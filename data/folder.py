@@ -43,8 +43,9 @@ def load_folder(root: Path, splits: Sequence[str], *_) -> Raw:
             raise DataError(f"no class folders in {root / split}: put the images into {wanted}")
         odd = sorted(set(names[split]) ^ set(names["test"]))
         if odd:
-            has, lacks = (root / split, root / "test")[:: 1 if odd[0] in names[split] else -1]
-            raise DataError(f"class '{odd[0]}' is in {has} but not in {lacks}: both splits need the same class folders")
+            has, lacks = (split, "test") if odd[0] in names[split] else ("test", split)
+            text = "both splits need the same class folders"
+            raise DataError(f"class '{odd[0]}' is in {root / has} but not in {root / lacks}: {text}")
     found = {split: list_split(root / split, names["test"]) for split in splits}
     return Raw(tuple(names["test"]), **found, root=root)
 
@@ -108,10 +109,9 @@ def side_of(path: Path) -> int:
 def open_files(splits: Mapping[str, FileSplit], root: Path, img_size: int, channels: int, limit: int, statistics: bool):
     """Turns file splits into what batches come from: in memory up to ``limit`` bytes.
 
-    Decoded images and statistics are kept in ``<root>/.datafree-<size>x<channels>.pt`` (``..-test.pt``
-    for the test split alone) until a file appears, vanishes or changes. Returns the splits by name,
-    (mean, std) or None, and the fingerprint. Raises DataError if a file cannot be read (streamed:
-    only where statistics are computed).
+    Decoded images and statistics are kept in ``<root>/.datafree-<size>x<channels>.pt`` (``..-test.pt`` for the test
+    split alone) until a file appears, vanishes or changes. Returns the splits by name, (mean, std) or None, and the
+    fingerprint. Raises DataError if a file cannot be read (streamed: only where statistics are computed).
     """
     splits = {name: replace(s, img_size=img_size, channels=channels) for name, s in splits.items()}
     files = _describe(splits.values(), root)

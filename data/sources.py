@@ -38,9 +38,8 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 class Files:
     """A loader of files that lie in ``<root>/<name>``, ``<root>/<also>`` or ``<root>``.
 
-    kinds: (files, read) in order of preference. ``files(split)`` names what must exist in the folder
-        (or with the ending .gz); ``read(folder, splits, attribute)`` returns ``Raw``, or None if
-        it is another data set after all.
+    kinds: (files, read) in order of preference. ``files(split)`` names what must exist in the folder (or with the
+        ending .gz); ``read(folder, splits, attribute)`` returns ``Raw``, or None if it is another data set after all.
     fetch: downloads into a folder what the splits need.
     """
 

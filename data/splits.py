@@ -183,18 +183,16 @@ class FileSplit(Split):
     def _loader(self, order: Tensor, batch_size: int, pin_memory: bool = False) -> DataLoader:
         chunks = order.split(batch_size)
         workers = min(8, _cpus(), len(chunks) - 1)
-        # DataLoader draws a seed for its workers: not from the generator that runs save.
-        own = dict(generator=torch.Generator(), pin_memory=pin_memory)
-        return DataLoader(self, batch_size=None, sampler=chunks, num_workers=workers, **own)
+        own = torch.Generator()  # which the workers' seed is drawn from, not from the one that runs save
+        return DataLoader(self, None, sampler=chunks, num_workers=workers, pin_memory=pin_memory, generator=own)
 
 
 def decode(path, img_size: int, channels: int) -> np.ndarray:
     """Reads the central square of an image, resized to ``img_size`` (bilinear, antialiased).
 
-    ``path`` may be a file object; of an animation the first picture counts.
-    Returns uint8 (img_size, img_size) for one channel, (img_size, img_size, 3) for three.
-    Transparent pixels become white, 16-bit grey is scaled to 8 bits (Pillow alone clips it).
-    Raises whatever Pillow raises on a damaged file, ValueError on pixels of unknown range.
+    ``path`` may be a file object; of an animation the first picture counts. Returns uint8 (img_size, img_size) for one
+    channel, (img_size, img_size, 3) for three. Transparent pixels become white, 16-bit grey is scaled to 8 bits
+    (Pillow alone clips it). Raises whatever Pillow raises on a damaged file, ValueError on pixels of unknown range.
     """
     with Image.open(path) as image:
         if image.mode.startswith("I"):

@@ -94,7 +94,7 @@ class Transform:
 
     @classmethod
     def of(cls, data, card: Mapping | None = None, area: float | None = None) -> "Transform":
-        """A data set's; a network meets images with the statistics that it was trained with: its checkpoint's card's."""
+        """A data set's transform, with the statistics that the network of this card, if any, was trained with."""
         card = card or {}
         return cls(card.get("mean", data.mean), card.get("std", data.std), data.padding, data.flip, area)
 

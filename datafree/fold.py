@@ -18,7 +18,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
         return model
     folded = fx.GraphModule(copy.deepcopy(model), graph)
     layers, found = dict(folded.named_modules()), False
-    calls = [node for node in graph.nodes if node.op == "call_module" and isinstance(node.args[0], fx.Node)]
+    calls = [node for node in graph.nodes if node.op == "call_module" and node.args]
     for node in calls:
         before = node.args[0]
         if not isinstance(layers[node.target], nn.BatchNorm2d) or before not in calls or len(before.users) > 1:

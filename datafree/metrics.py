@@ -15,11 +15,7 @@ EVALUATION_PIXELS = 2**25  # values of a test batch at the most: 1000 images of 
 def classification_scores(model: nn.Module, data, transform: Callable, runtime: Runtime) -> dict[str, float]:
     """Percentages of `model`, in eval mode, on the test split of `data`.
 
-    A batch that does not fit into a GPU's memory is halved.
-
-    Args:
-        data: with test.batches(n, device=...), giving uint8 images (N, C, H, W) and labels (N,).
-        transform: images -> network input.
+    A batch that does not fit into a GPU's memory is halved. `transform`: uint8 images (N, C, H, W) -> network input.
 
     Returns:
         {"Acc@1"}, with more than ten classes {"Acc@1", "Acc@5"}.
@@ -43,11 +39,6 @@ def classification_scores(model: nn.Module, data, transform: Callable, runtime: 
     model.train(training)
     first, fifth = (100 * n / len(data.test) for n in hits.cpu().tolist())
     return {"Acc@1": first} | ({"Acc@5": fifth} if data.num_classes > 10 else {})
-
-
-def test_accuracy(model: nn.Module, data, transform: Callable, runtime: Runtime) -> float:
-    """The top-1 accuracy of `classification_scores`, in percent."""
-    return classification_scores(model, data, transform, runtime)["Acc@1"]
 
 
 @torch.no_grad()
@@ -82,23 +73,18 @@ def segmentation_scores(model: nn.Module, data, transform: Callable, runtime: Ru
     model.train(training)
     scores = confusion.scores()
     classes = dict(zip(data.class_names, scores.pop("class_iou"), strict=True))
-    scores = {"mIoU": scores.pop("mean_iou")} | scores
-    scores |= {f"iou_{name}": value for name, value in classes.items()}
+    scores = {"mIoU": scores.pop("mean_iou")} | scores | {f"iou_{name}": value for name, value in classes.items()}
     return {name: None if math.isnan(value) else 100 * value for name, value in scores.items()}
 
 
 class Confusion:
-    """Confusion matrix of a segmentation and the scores that follow from it.
+    """Confusion matrix of a segmentation and its scores; labels outside 0..num_classes - 1, as void's, are left out."""
 
-    Args:
-        num_classes: labels outside 0..num_classes - 1, as 255 for void, are left out.
-    """
-
-    def __init__(self, num_classes, device="cpu"):
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
         self.n = num_classes
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
-    def add(self, predictions, labels):
+    def add(self, predictions: Tensor, labels: Tensor) -> None:
         """Count pixels: class numbers of any, but the same, shape. Rows are true classes."""
         counted = (labels >= 0) & (labels < self.n)
         # What is not counted goes to a cell of its own: a mask's size would make the host wait.
@@ -107,7 +93,7 @@ class Confusion:
         counts.index_add_(0, cells, torch.ones_like(cells))
         self.matrix += counts[:-1].view(self.n, self.n)
 
-    def scores(self):
+    def scores(self) -> dict:
         """Fractions by name; class_iou is a list, NaN for a class that occurs nowhere.
 
         mean_iou leaves out such classes (one that is predicted but never true counts as 0), and

@@ -33,10 +33,9 @@ def plot_accuracy(path: Path, runs: Mapping[str, Path], column: str = "accuracy"
 def side_by_side(
     folder: Path, networks: Mapping[str, nn.Module], data, transform: Callable, runtime: Runtime, count: int
 ) -> None:
-    """Write the first `count` test images to `folder` as test0000.png ...
+    """Write the first `count` test images of `data`, a segmentation data set, to `folder` as test0000.png ...
 
-    From left to right: image, ground truth, then the classes that each of `networks` (name ->
-    network, in eval mode afterwards) sees, in the colours of `data`, a segmentation data set.
+    From left to right: image, ground truth, then the classes that each of `networks` (in eval mode afterwards) sees.
     """
     for network in networks.values():
         network.eval()

@@ -5,21 +5,26 @@ from pathlib import Path
 
 from datafree.errors import UsageError
 
+SAME = ("name", "command", "seconds")  # what copies of a record have in common
 
-def read_records(folder: str | Path) -> list[dict]:
-    """The content of every record below `folder`, with its "file", sorted by it.
+
+def read_records(*folders: str | Path) -> list[dict]:
+    """The content of every record below the folders, with its "file" there; of copies of a record the first.
 
     Raises:
         UsageError: there is no such folder, or a file is damaged.
     """
-    if not Path(folder).is_dir():
-        raise UsageError(f"{folder} does not exist: name the folder of the records")
-    records = []
-    for path in sorted(Path(folder).rglob("*.json")):
-        try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            raise UsageError(f"{path} is damaged ({error}): delete it or copy it again") from error
-        if isinstance(content, dict) and {"last", "best", "args", "script"} <= content.keys():
-            records.append({**content, "file": path.relative_to(folder).as_posix()})
-    return records
+    records = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UsageError(f"{folder} does not exist: name the folder of the records")
+        for path in sorted(folder.rglob("*.json")):
+            try:
+                content = json.loads(path.read_text())
+            except ValueError as error:
+                raise UsageError(f"{path} is damaged ({error}): delete it or copy it again") from error
+            if isinstance(content, dict) and {*SAME, "last", "best", "args", "script"} <= content.keys():
+                records.setdefault(
+                    tuple(content[key] for key in SAME), content | {"file": path.relative_to(folder).as_posix()}
+                )
+    return list(records.values())

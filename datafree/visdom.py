@@ -10,15 +10,11 @@ from torch import Tensor
 class Visdom:
     """Curves and image grids on a visdom server, or in a log file to replay on one later.
 
-    Nothing is imported or connected before the first object is made, and a missing package or
-    server costs one line, never the run.
+    The package is imported by the first object; where it or the server is missing, that costs one line, never the run.
 
     Args:
-        port: the server's, on this machine.
-        env: the environment to draw in: the run's name.
-        path: the log file.
-        log: function that shows people a line.
-        rows: a resumed run's rows of metrics.csv, with which its curves begin.
+        port: the server's, on this machine. env: the environment to draw in: the run's name. path: the log file.
+        log: shows people a line. rows: a resumed run's rows of metrics.csv, with which its curves begin.
     """
 
     def __init__(self, port: int, env: str, path: Path, log: Callable[[str], None], rows: Sequence[dict] = ()):
@@ -35,9 +31,8 @@ class Visdom:
             self.client = self.Client(port=port, env=self.env, raise_exceptions=True, use_incoming_socket=False)
             log(f"live curves: http://localhost:{port}/env/{self.env}")
         except Exception:  # the client raises whatever requests or its sockets do
-            self._go_offline(
-                f"no visdom server answers at port {port} (python -m visdom.server -port {port} starts one)"
-            )
+            start = f"python -m visdom.server -port {port} starts one"
+            self._go_offline(f"no visdom server answers at port {port} ({start})")
 
     @staticmethod
     def _client_class():
@@ -45,8 +40,7 @@ class Visdom:
 
         class Client(visdom.Visdom):
             def _handle_post(self, url, data=None):
-                # visdom itself would ask a proxy for this machine, wait for ever, and take an
-                # error page for success.
+                # visdom itself would ask a proxy for this machine, wait for ever, and take an error page for success.
                 self.session.trust_env = False
                 answer = self.session.post(url, data=data, timeout=10)
                 answer.raise_for_status()
@@ -79,23 +73,15 @@ class Visdom:
         self._send(self._draw_curve, name)
 
     def _draw_curve(self, name: str) -> None:
-        # A server gets the whole curve each time: it may hold none of it, or another run's, or
-        # epochs that were run again. A log has what was written, and grows by the new points.
+        # A server gets the whole curve each time: it may hold none of it, another run's, or epochs that were run
+        # again. A log has what was written, and grows by the new points.
         start = self.in_log.get(name, 0)
         points = self.curves[name][start:]
         # A lone point shows by its marker only; with markers visdom offers no smoothing.
-        self.client.line(
-            [y for _, y in points],
-            [x for x, _ in points],
-            win=name,
-            update="append" if start else None,
-            opts={
-                "title": name if "loss" in name else f"test {name} (%)",
-                "xlabel": "epoch",
-                "markers": len(points) < 30,
-                "markersize": 4,
-            },
-        )
+        opts = dict(xlabel="epoch", markers=len(points) < 30, markersize=4)
+        opts["title"] = name if "loss" in name else f"test {name} (%)"
+        x, y = [x for x, _ in points], [y for _, y in points]
+        self.client.line(y, x, win=name, update="append" if start else None, opts=opts)
         if self.client.offline:
             self.in_log[name] = len(self.curves[name])
 
@@ -108,8 +94,5 @@ class Visdom:
         grid, title = self.pictures[name]
         height, width = grid.shape[1:]
         scale = 380 / max(height, width)  # about as large as a curve
-        self.client.image(
-            grid.numpy(),
-            win=name,
-            opts={"title": title, "width": round(width * scale), "height": round(height * scale)},
-        )
+        opts = dict(title=title, width=round(width * scale), height=round(height * scale))
+        self.client.image(grid.numpy(), win=name, opts=opts)

@@ -121,6 +121,11 @@ def _leaky():
     return nn.LeakyReLU(0.2, inplace=True)
 
 
+def _doubled(c_in, c_out, bias=True, eps=1e-5):
+    """The layers that double the map's side."""
+    return UpsampleConv2d(c_in, c_out, bias), nn.BatchNorm2d(c_out, eps=eps), _leaky()
+
+
 class GeneratorA(Generator):
     """DFAD's GeneratorA, and with bn_eps 0.8 DAFL's: latents (N, nz) or (N, nz, 1, 1) -> images.
 
@@ -133,16 +138,10 @@ class GeneratorA(Generator):
         self.folded = True
         self.l1 = nn.Sequential(nn.Linear(nz, 2 * ngf * self.init_size**2))
         self.conv_blocks0 = nn.Sequential(nn.BatchNorm2d(2 * ngf))
-        self.conv_blocks1 = nn.Sequential(
-            UpsampleConv2d(2 * ngf, 2 * ngf), nn.BatchNorm2d(2 * ngf, eps=bn_eps), _leaky()
-        )
+        self.conv_blocks1 = nn.Sequential(*_doubled(2 * ngf, 2 * ngf, eps=bn_eps))
+        up = _doubled(2 * ngf, ngf, eps=bn_eps)
         self.conv_blocks2 = nn.Sequential(
-            UpsampleConv2d(2 * ngf, ngf),
-            nn.BatchNorm2d(ngf, eps=bn_eps),
-            _leaky(),
-            ToImage(ngf, channels),
-            nn.Tanh(),
-            nn.BatchNorm2d(channels, affine=False),
+            *up, ToImage(ngf, channels), nn.Tanh(), nn.BatchNorm2d(channels, affine=False)
         )
 
     def forward(self, z):
@@ -200,19 +199,9 @@ class FastGenerator(Generator):
         width = 2 * ngf * widen
         self.l1 = nn.Sequential(nn.Linear(nz, width * self.init_size**2))
         # Identity holds the place of the published upsampling, so that parameter names agree.
-        self.conv_blocks = nn.Sequential(
-            nn.BatchNorm2d(width),
-            nn.Identity(),
-            UpsampleConv2d(width, 2 * ngf, bias=bias),
-            nn.BatchNorm2d(2 * ngf),
-            _leaky(),
-            nn.Identity(),
-            UpsampleConv2d(2 * ngf, ngf, bias=bias),
-            nn.BatchNorm2d(ngf),
-            _leaky(),
-            ToImage(ngf, channels),
-            nn.Sigmoid(),
-        )
+        layers = [nn.BatchNorm2d(width), nn.Identity(), *_doubled(width, 2 * ngf, bias)]
+        layers += [nn.Identity(), *_doubled(2 * ngf, ngf, bias)]
+        self.conv_blocks = nn.Sequential(*layers, ToImage(ngf, channels), nn.Sigmoid())
 
     def forward(self, z):
         return self.conv_blocks(self.to_map(self.l1(z.flatten(1))))
@@ -244,11 +233,8 @@ class GeneratorB(Generator):
         self.project = nn.Sequential(nn.Flatten(), nn.Linear(nz, widths[0] * self.init_size**2))
         layers = [nn.BatchNorm2d(widths[0])]
         for before, after in pairwise(widths):
-            layers += [
-                nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(after),
-                _leaky(),
-            ]
+            up = nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False)
+            layers += [up, nn.BatchNorm2d(after), _leaky()]
         self.main = nn.Sequential(*layers, ToImage(ngf, channels), last())
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
@@ -272,17 +258,15 @@ class DeepGenerator(Generator):
     def __init__(self, nz, img_size=224, channels=3, ngf=64):
         super().__init__(nz, img_size, channels)
         self.l1 = nn.Sequential(nn.Linear(nz, ngf * img_size**2 // 32**2)).requires_grad_(False)
-        layers = [nn.Conv2d(nz, 2 * ngf, 3, padding=1, bias=False), nn.BatchNorm2d(2 * ngf)]
-        layers += [_leaky()]
+        layers = [nn.Conv2d(nz, 2 * ngf, 3, padding=1, bias=False), nn.BatchNorm2d(2 * ngf), _leaky()]
         widths = [2 * ngf, 2 * ngf, ngf, ngf, ngf]
         for before, after in pairwise(widths):
-            layers += [nn.Identity(), UpsampleConv2d(before, after, bias=False), nn.BatchNorm2d(after), _leaky()]
+            layers += [nn.Identity(), *_doubled(before, after, bias=False)]
         self.conv_blocks = nn.Sequential(*layers, ToImage(ngf, channels), nn.Sigmoid())
 
     def latents(self, n, device=None, generator=None):
         """n standard normal latent maps, shape (n, nz, init_size, init_size)."""
-        shape = (n, self.nz, self.init_size, self.init_size)
-        return torch.randn(shape, device=device, generator=generator)
+        return torch.randn(n, self.nz, self.init_size, self.init_size, device=device, generator=generator)
 
     def forward(self, z):
         return self.conv_blocks(z.contiguous(memory_format=torch.channels_last))

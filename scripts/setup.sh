@@ -37,14 +37,3 @@ setup() {
   "$PY" -m pip install --quiet -r .venv/requirements.txt
   echo "$wanted" >"$stamp"
 }
-
-# value_of --flag "$@": the word behind the last such flag, or nothing.
-value_of() {
-  local flag=$1 value=
-  shift
-  while [ $# -gt 1 ]; do
-    [ "$1" != "$flag" ] || value=$2
-    shift
-  done
-  echo "$value"
-}

@@ -16,6 +16,7 @@ import datafree_kd
 from datafree import checkpoint, synthesis
 from datafree.augment import Transform
 from datafree.pool import ImagePool, read_raw
+from datafree.run import Run
 from datafree.runtime import Runtime
 from datafree.synthesis import METHODS, Generative, Method
 from models import get_generator, get_model
@@ -287,10 +288,17 @@ def test_without_any_images(method, tmp_path, checkpoints):
         assert result["generated_images"] == 2 * 32  # those that score it are not among them
 
 
-def test_a_warm_up_without_a_term_makes_nothing(tmp_path, checkpoints):
-    result = start(tmp_path, checkpoints, *flags_of("zskt"), "--n_epochs", "2", "--warmup", "1")
+@pytest.mark.parametrize("more", [(), ("--as_published",)])
+def test_a_warm_up_without_a_term_makes_nothing(more, tmp_path, checkpoints, monkeypatch):
+    """And the progress bar, which counts updates, ends with the run."""
+    bars, progress = [], Run.progress
+    monkeypatch.setattr(Run, "progress", lambda run, *a: bars.append(run) or progress(run, *a))
+    result = start(tmp_path, checkpoints, *flags_of("zskt"), "--n_epochs", "2", "--warmup", "1", *more)
     first, second = record(tmp_path, result)
-    assert float(first["loss_adv"]) == 0 > float(second["loss_adv"]) and float(first["loss_kd"]) == 0
+    assert float(first["loss_kd"]) == 0 < float(second["loss_kd"])
+    if not more:
+        assert float(first["loss_adv"]) == 0 > float(second["loss_adv"])
+    assert bars[0].done == bars[0].iterations
 
 
 def test_a_method_of_ones_own_is_a_choice(tmp_path, checkpoints):

@@ -3,6 +3,7 @@
 import csv
 import json
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -167,7 +168,7 @@ def record(name, **changes):
     cell = CELLS[name]
     args = cell.args | {k: v for k, v in changes.items() if k in cell.args}
     facts = dict(
-        name=f"run-{args['seed']}", script=cell.script, score="Acc@1", last=97.0, best=98.0, best_epoch=1, epochs=200,
+        name=f"{name} {changes}", script=cell.script, score="Acc@1", last=97.0, best=98.0, best_epoch=1, epochs=200,
         mean=90.0, variance=4.0, method=cell.row["method"], dataset=args["dataset"], seconds=120.0,
         teacher_accuracy=99.0, standard_error=0.1, hardware="a machine", commit="0", seed=args["seed"],
         precision="fp32", command=cell.command, pieces=None,
@@ -218,6 +219,10 @@ def test_list_and_missing(capsys, tmp_path):
     run("--missing", "--results", tmp_path, "--out", tmp_path / "none")
     missing = {line.split(" ")[0] for line in capsys.readouterr().out.splitlines()} & {*CELLS}
     assert missing == {c.name for c in RUNNABLE} - {"dafl-13"}
+    (tmp_path / "out").mkdir()
+    shutil.copy(tmp_path / "a.json", tmp_path / "out" / "result.json")
+    run("dafl-13", "--list", "--results", tmp_path, "--out", tmp_path / "out")
+    assert "  1 runs  " in capsys.readouterr().out  # a copy is no further run
 
 
 def test_commands_teacher_first_and_flags_for_all(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ Differences from the published code:
  3. Upsampling and the convolution behind it run as one transposed convolution (exact), and
     networks in bfloat16 where the hardware has it (--precision fp32 turns that off). MNIST's
     preset is float32: with its lr_G of 0.2 a bfloat16 run lost its generator in epoch 17, the
-    float32 run did not (README, Results). --precision auto is 1.8 times faster there.
+    float32 run did not (results/mnist/). --precision auto is 1.8 times faster there.
  4. Caltech-101's setting is CIFAR-10's with smaller batches (DFAD, Table 2, names none), and so
     is ImageNet's, which no table has. The digits' is ours: without L_a, at temperature 4 and with
     a slow generator the student ends several points higher there. CelebA's number of epochs is

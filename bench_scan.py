@@ -81,10 +81,10 @@ def main(args):
     figures = dict(device=device_name(runtime.device), torch=torch.__version__, teacher=args.teacher)
     figures |= dict(precision=runtime.precision, images=len(split), seconds_to_list=listed, seconds_to_scan=scanned)
     figures |= dict(images_per_second=rate, memory_before=before, peak_memory=memory)
-    main, worker, before = (x / 2**30 for x in (memory["main"], memory["worker"], before))
+    gib = [f"{x / 2**30:.2f}" for x in (memory["main"], before, memory["worker"])]
     print(
         f"{figures['device']}: {len(split):,} images listed in {listed:.1f} s and scanned in {scanned:.0f} s, "
-        f"{rate:,.0f}/s; peak memory {main:.2f} GiB ({before:.2f} before), a worker's {worker:.2f}"
+        f"{rate:,.0f}/s; peak memory {gib[0]} GiB ({gib[1]} before), a worker's {gib[2]}"
     )
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")

@@ -204,10 +204,11 @@ def main(args):
     s = Session(args, papers.published(args))
     if s.result:
         if args.export_images and not args.evaluate_only:
-            card = checkpoint.read(run_folder(args) / "best.pt")["card"]
-            pool = ImagePool((card["channels"], *[card["img_size"]] * 2), "cpu", run_folder(args) / "pool.u8")
+            folder = run_folder(args)
+            card = checkpoint.read(folder / "best.pt")["card"]
+            pool = ImagePool((card["channels"], *[card["img_size"]] * 2), "cpu", folder / "pool.u8")
             pool.load_state_dict({"images": s.result["generated_images"]})
-            print(f"images: {pool.export(args.export_images, args.save_dir or run_folder(args) / 'images')}")
+            print(f"images: {pool.export(args.export_images, args.save_dir or folder / 'images')}")
         return s.result
     note = leave_out_batch_norm(args, s.teacher)
     shape = (s.data.channels, s.data.img_size, s.data.img_size)

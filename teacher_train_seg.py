@@ -12,8 +12,10 @@ test images, as in the paper) go to checkpoints/<dataset>-<model>.pt.
 Published settings:
 {presets}
 The published backbone starts from ImageNet's weights: they are downloaded for ResNet-50 or read
-from --backbone_weights. Difference from the published code: without them it goes on, from scratch,
-which costs many points of mIoU on a few hundred images; the line at the start says so.
+from --backbone_weights.
+
+Differences from the published code: without ImageNet's weights it goes on, from scratch, which
+costs many points of mIoU on a few hundred images; the line at the start says so.
 """
 
 import argparse

@@ -188,13 +188,10 @@ def get_dataset(
 
 
 def get_wild(source: str, root: str | Path, img_size: int, channels: int):
-    """An unlabelled image set: a folder (any depth), a zip, or the train images of a data set.
+    """An unlabelled image set: a folder (any depth), a zip, or the train images of one of ``DATASETS``.
 
-    Args:
-        source: one of ``DATASETS``, which is looked for in ``root``, or a path, as it is or below ``root``.
-
-    Returns (split, fingerprint); the split's labels mean nothing. Its images come out as those of
-    ``get_dataset`` do. Raises DataError if there are none.
+    source: the data set, which is looked for in ``root``, or a path, as it is or below ``root``.
+    Returns (split, fingerprint); images are as ``get_dataset``'s, labels mean nothing. Raises DataError if it has none.
     """
     if source in DATASETS:
         data = get_dataset(source, root, img_size=img_size, channels=channels)

@@ -82,8 +82,7 @@ class Files:
 def _tensors(images: np.ndarray, labels: Sequence[int]) -> TensorSplit:
     """A split of images (N, C, H, W) or grey (N, H, W)."""
     images = torch.from_numpy(np.array(images, np.uint8, order="C"))
-    images = images[:, None] if images.ndim == 3 else images
-    return TensorSplit(images, torch.from_numpy(np.array(labels, np.int64)))
+    return TensorSplit(images[:, None] if images.ndim == 3 else images, torch.from_numpy(np.array(labels, np.int64)))
 
 
 def _arrays(class_names: tuple[str, ...], read: Callable) -> Callable:
@@ -221,38 +220,29 @@ load_cifar10 = _cifar(
 load_cifar100 = _cifar(datasets.CIFAR100)
 
 
-def _read_svhn(place, split):
-    found = datasets.SVHN(place, split)
-    return found.data, found.labels
+def _torchvision_digits(cls: type, labels: str, parts: dict[str, tuple[str, object]]) -> Files:
+    """Digits that torchvision reads, labels from that attribute; parts: split -> (file, what torchvision calls it)."""
+
+    def read(place, split):
+        found = cls(place, parts[split][1])
+        return found.data, getattr(found, labels)
+
+    def fetch(folder, splits):
+        return [cls(folder, parts[split][1], download=True) for split in splits]
+
+    return Files(cls.__name__.lower(), ((lambda split: parts[split][:1], _arrays(DIGITS, read)),), fetch)
 
 
 # Y. Netzer et al. 2011: 73,257 + 26,032 house-number digits, 32x32.
-load_svhn = Files(
-    "svhn",
-    ((lambda split: (f"{split}_32x32.mat",), _arrays(DIGITS, _read_svhn)),),
-    lambda folder, splits: [datasets.SVHN(folder, split, download=True) for split in splits],
-)
-
-
-def _read_usps(place, split):
-    found = datasets.USPS(place, split == "train")
-    return found.data, found.targets
-
-
+SVHN_PARTS = {"train": ("train_32x32.mat", "train"), "test": ("test_32x32.mat", "test")}
+load_svhn = _torchvision_digits(datasets.SVHN, "labels", SVHN_PARTS)
 # J. Hull 1994: 7,291 + 2,007 handwritten digits of envelopes, 16x16, grey.
-load_usps = Files(
-    "usps",
-    ((lambda split: ("usps.t.bz2" if split == "test" else "usps.bz2",), _arrays(DIGITS, _read_usps)),),
-    lambda folder, splits: [datasets.USPS(folder, split == "train", download=True) for split in splits],
-)
+load_usps = _torchvision_digits(datasets.USPS, "targets", {"train": ("usps.bz2", True), "test": ("usps.t.bz2", False)})
 
 
 def _read_celeba(place, splits, attribute):
-    """One of the 40 attributes is the label; by default the one nearest to half of the train split.
-
-    Accuracies on unbalanced attributes, or averaged over all, say little. The lists name all images;
-    without the train split's lines, the default is the most balanced one of what they name.
-    """
+    """One of the 40 attributes is the label; by default the one nearest to half of the train split (of the lists'
+    first split if they leave it out): accuracies on unbalanced attributes, or averaged over all, say little."""
     _, header, *lines = (place / "list_attr_celeba.txt").read_text().splitlines()
     names, rows = header.split(), [line.split() for line in lines]
     if attribute and attribute not in names:
@@ -279,10 +269,9 @@ load_celeba = Files(
 
 
 def split_class(names: list[str]) -> tuple[list[str], list[str]]:
-    """Train and test images of a class of Caltech-101: max(int(0.2 n), 2) for testing, seed 1.
+    """Train and test images of a class of Caltech-101, sorted: max(int(0.2 n), 2) for testing, seed 1.
 
-    Sorted, and the same whatever the order of ``names`` or their ending; the published script shuffles
-    what the file system happens to list.
+    The order of ``names`` does not matter; the published script shuffles what the file system happens to list.
     """
     test = set(random.Random(1).sample(sorted(names), min(max(len(names) // 5, 2), len(names))))
     return sorted(set(names) - test), sorted(test)
@@ -332,10 +321,7 @@ def load_imagenet(root: Path, splits: Sequence[str], *_) -> Raw:
 
 
 def _download(fetch: Callable, root: Path, splits: Sequence[str]) -> str:
-    """Fetches into a temporary folder in root and then moves the files; returns what went wrong.
-
-    A failed or interrupted download therefore leaves nothing behind.
-    """
+    """Fetches into a temporary folder, so that failure leaves nothing, and moves the files to root; what went wrong."""
     existed, timeout = root.exists(), socket.getdefaulttimeout()
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,7 @@
 
     python -m data.split_caltech101 DIR    # DIR/101_ObjectCategories -> DIR/{train,test}/<class>/
 
-`get_dataset("caltech101")` splits by itself; the command makes the same split as class folders of
-links, for other programs, or to leave the train images behind.
+`get_dataset("caltech101")` splits by itself; these are links, for other programs or to leave train images behind.
 """
 
 import os

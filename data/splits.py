@@ -33,11 +33,10 @@ def per_channel(name: str, values, channels: int) -> tuple[float, ...] | None:
 
 
 class Batches:
-    """One pass over a split each time it is iterated; ``len()`` is the number of batches.
+    """Passes over a split, as images uint8 (N, C, H, W) and labels int64 (N,); ``len()`` counts the batches.
 
-    Yields images, uint8 (N, C, H, W), and labels, int64 (N,). A shuffled pass draws one
-    ``torch.randperm`` from the global CPU generator and nothing else, whatever the split's kind,
-    so restoring that generator's state repeats the pass.
+    A shuffled pass draws one ``torch.randperm`` from the global CPU generator and nothing else: restoring that
+    generator's state repeats the pass.
     """
 
     def __init__(self, split, batch_size: int, shuffle: bool, drop_last: bool, device):
@@ -66,8 +65,7 @@ class Split:
     def batches(self, batch_size: int, shuffle=False, drop_last=False, device=None) -> Batches:
         """Batches on ``device`` (default: the split's), of files decoded by worker processes.
 
-        Raises DataError if there are none, as with ``drop_last`` and a batch larger than the split,
-        and while iterating if a file cannot be read.
+        Raises DataError if there are none (``drop_last``: no full one), and while iterating if a file is damaged.
         """
         return Batches(self, batch_size, shuffle, drop_last, self.device if device is None else device)
 
@@ -138,14 +136,9 @@ class FileSplit(Split):
         return str(self.paths[row])
 
     def scan(self, batch_size: int, device) -> Iterator[tuple[Tensor, list[tuple[int, str]]]]:
-        """One pass in order that does not stop at damage.
-
-        Yields images on ``device`` and the rows that cannot be read (black in the batch), each
-        with its file's name and what is wrong.
-        """
-        device = torch.device(device)
-        order = torch.arange(len(self), device="cpu")
-        for images, _, broken in self._loader(order, batch_size, device.type == "cuda"):
+        """One pass in order: images on ``device``, and the rows that cannot be read (black), each with its reason."""
+        order, pin_memory = torch.arange(len(self), device="cpu"), torch.device(device).type == "cuda"
+        for images, _, broken in self._loader(order, batch_size, pin_memory):
             yield images.to(device, non_blocking=True), broken
 
     def read(self, order: Tensor, batch_size: int, device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -71,8 +71,7 @@ def _hidden(name: bytes) -> bool:
 
 
 def _in_folder(root: Path) -> list[tuple[bytes, int, int]]:
-    """Name below root, size and modification time of every file; links to folders are not
-    followed."""
+    """Name below root, size and modification time of every file; links to folders are not followed."""
     files, folders = [], [os.fsencode(root)]
     prefix = len(folders[0].rstrip(b"/")) + 1
     while folders:

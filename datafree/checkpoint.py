@@ -135,17 +135,10 @@ def card(model: str, data, transform, **more) -> dict:
         data: with name, num_classes, class_names, img_size, channels.
         transform: with mean and std, one value per channel.
     """
-    return {
-        "model": model,
-        "dataset": data.name,
-        "num_classes": data.num_classes,
-        "class_names": list(data.class_names),
-        "img_size": data.img_size,
-        "channels": data.channels,
-        "mean": list(transform.mean),
-        "std": list(transform.std),
-        **more,
-    }
+    known = ("num_classes", "img_size", "channels")
+    about = {"model": model, "dataset": data.name, "class_names": list(data.class_names)}
+    about |= {k: getattr(data, k) for k in known} | {k: list(getattr(transform, k)) for k in ("mean", "std")}
+    return about | more
 
 
 def card_of(args, content) -> dict:

@@ -24,7 +24,7 @@ STARTED = time.monotonic()
 FREE = {
     "resume", "out", "tag", "data_root", "wild_root", "transfer_root", "checkpoints", "device", "gpu", "visdom",
     "evaluate_only", "ckpt", "export_images", "save_dir", "pool_size", "memory", "sample_every", "save_img",
-    "time_limit", "script", "run_name", "any_teacher", "command",
+    "time_limit", "script", "run_name", "any_teacher", "bn_is_default", "command",
 }
 # fmt: on
 

@@ -66,7 +66,7 @@ def segmentation_scores(model: nn.Module, data, transform: Callable, runtime: Ru
     training = model.training
     model.eval()
     confusion = Confusion(data.num_classes, runtime.device)
-    for x, y in data.test.whole(runtime.device):
+    for x, y in data.test.whole(runtime.device, 8):
         with runtime.autocast():
             logits = model(transform(x))
         confusion.add(logits.argmax(1), y)

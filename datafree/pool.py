@@ -12,6 +12,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from datafree.errors import UsageError
 
+Shape = tuple[int, int, int]  # (C, H, W) of an image
 CHUNK = 2**26  # bytes that go to a file or come from it at a time
 
 
@@ -31,12 +32,7 @@ class ImagePool:
     """
 
     def __init__(
-        self,
-        shape: tuple[int, int, int],
-        device: str | torch.device,
-        path: str | Path,
-        limit: int | None = None,
-        capacity: int = 0,
+        self, shape: Shape, device: str | torch.device, path: str | Path, limit: int | None = None, capacity: int = 0
     ):
         self.shape, self.device, self.path, self.limit = tuple(shape), torch.device(device), Path(path), limit
         self.n_near = self.n_far = self.saved = 0
@@ -188,7 +184,7 @@ def read_rows(path: Path, *pieces: tuple[int, Tensor]) -> None:
         raise UsageError(f"cannot read {path} ({error.strerror}): start the run anew, without --resume") from error
 
 
-def read_raw(path: str | Path, shape: tuple[int, int, int]) -> Tensor:
+def read_raw(path: str | Path, shape: Shape) -> Tensor:
     """All images, uint8 (N, C, H, W), of a pool's file. Raises UsageError: missing, or no whole number of images."""
     try:
         content = np.fromfile(path, np.uint8)

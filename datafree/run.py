@@ -5,7 +5,9 @@ runs/<name>/  args.json  metrics.csv  log.txt  last.pt  best.pt  accuracy.png  r
 """
 
 import argparse
+import contextlib
 import csv
+import datetime
 import io
 import json
 import math
@@ -89,22 +91,24 @@ class Run:
         print(f"an earlier run of this name is now {old} (--resume would have continued it)")
 
     def _stretch(self) -> None:
-        """Go on with the run that differs in its number of epochs only, if there is just one."""
+        """Go on with the run that differs in being shorter only, if there is just one."""
         plain = re.compile(r"-n_epochs\d+")
-        others = [
-            p for p in self.folder.parent.glob("*/last.pt") if plain.sub("", p.parent.name) == plain.sub("", self.name)
-        ]
+        others = [p.parent for p in self.folder.parent.glob("*/last.pt")]
+        others = [p for p in others if plain.sub("", p.name) == plain.sub("", self.name) and self._is_shorter(p)]
         if len(others) > 1:
-            raise UsageError(
-                f"--resume: which run is to go on with other --n_epochs, {' or '.join(p.parent.name for p in others)}? "
-                f"Rename its folder to {self.name}"
-            )
+            names = " or ".join(p.name for p in others)
+            raise UsageError(f"--resume: which run is to go on, {names}? Rename its folder to {self.name}")
         for other in others:
-            other.parent.rename(self.folder)
+            other.rename(self.folder)
             result = self.folder / "result.json"
             if result.exists():
-                result.rename(self.folder / f"result-{other.parent.name}.json")
-            print(f"{other.parent.name} goes on as {self.name}: its schedule stretches")
+                result.rename(self.folder / f"result-{other.name}.json")
+            print(f"{other.name} goes on as {self.name}: its schedule stretches")
+
+    def _is_shorter(self, folder: Path) -> bool:
+        with contextlib.suppress(OSError, ValueError, TypeError):  # a folder that says nothing is not taken
+            return json.loads((folder / "args.json").read_text())["n_epochs"] < self.args.n_epochs
+        return False
 
     def start(self, **states) -> int:
         """Begin, or with --resume restore the named states; returns the epoch to start with.
@@ -120,21 +124,12 @@ class Run:
             self._restore()
         checkpoint.write_json(self.folder / "args.json", self.flags)
         self.started = time.perf_counter()
-        self.pieces.append(
-            {
-                "epochs": [self.next_epoch + 1, self.next_epoch],
-                "command": self.args.command,
-                "commit": commit(),
-                "versions": {
-                    "python": platform.python_version(),
-                    "torch": str(torch.__version__),  # a plain string: checkpoints hold no code
-                    "torchvision": torchvision.__version__,
-                },
-                "hardware": device_name(self.runtime.device),
-                "precision": self.runtime.precision,
-                "seconds": 0.0,
-            }
-        )
+        # Plain strings: a checkpoint holds no code.
+        versions = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
+        versions["python"] = platform.python_version()
+        about = {"command": self.args.command, "commit": commit(), "versions": versions}
+        about |= {"hardware": device_name(self.runtime.device), "precision": self.runtime.precision}
+        self.pieces.append({"epochs": [self.next_epoch + 1, self.next_epoch], **about, "seconds": 0.0})
         if self.args.visdom:
             self.visdom = Visdom(self.args.visdom, self.name, self.folder / "visdom.log", self.log, self.rows)
         return self.next_epoch
@@ -144,17 +139,11 @@ class Run:
         state = content.get("run")
         if state is None:
             raise UsageError(f"{self.last} holds weights and no run: leave --resume out")
-        changed = [
-            k
-            for k, v in state["args"].items()
-            if k not in FREE | {"n_epochs", "teacher_ckpt", "cmi_init"} and k in self.flags and self.flags[k] != v
-        ]
+        free, now, old = FREE | {"n_epochs", "teacher_ckpt", "cmi_init"}, self.flags, state["args"]
+        changed = ", ".join(f"--{k} was {v}" for k, v in old.items() if k not in free and now.get(k, v) != v)
         if changed:
-            raise UsageError(
-                "--resume with other flags than the run's: "
-                + ", ".join(f"--{k} was {state['args'][k]}" for k in changed)
-                + ": give the same flags, or leave --resume out"
-            )
+            cure = "give the same flags, or leave --resume out"
+            raise UsageError(f"--resume with other flags than the run's: {changed}: {cure}")
         for name, value in self.states.items():
             value.load_state_dict(state["states"][name])
         checkpoint.restore_rng(state["rng"], self.runtime.device)
@@ -162,10 +151,8 @@ class Run:
         self.best_score, self.best_epoch = state["best_score"], state["best_epoch"]
         self.pieces = state["pieces"]
         self._cut_metrics()
-        where = (
-            f"after epoch {self.next_epoch}" if self.next_epoch else "before the end of what precedes the first epoch"
-        )
-        self.log(f"resumed {where}")
+        first = "before the end of what precedes the first epoch"
+        self.log(f"resumed {f'after epoch {self.next_epoch}' if self.next_epoch else first}")
 
     def _cut_metrics(self) -> None:
         """Drop the rows of epochs behind the checkpoint: they are run again."""
@@ -193,16 +180,8 @@ class Run:
                 that are done.
         """
         done += sum(iterations[: self.next_epoch])
-        self.bar = tqdm(
-            total=sum(iterations) * batch_size,
-            unit=" images",
-            unit_scale=True,
-            initial=done * batch_size,
-            disable=None,
-            dynamic_ncols=True,
-            desc=self.name,
-            smoothing=0.05,
-        )
+        look = dict(unit=" images", unit_scale=True, dynamic_ncols=True, desc=self.name, smoothing=0.05, disable=None)
+        self.bar = tqdm(total=sum(iterations) * batch_size, initial=done * batch_size, **look)
         self.iterations, self.done, self.begun = sum(iterations), done, time.monotonic()
         self.images_per_iteration, self.first = batch_size, done
         self.facts, self.shown = {}, time.monotonic()
@@ -220,11 +199,10 @@ class Run:
             self.bar.set_postfix(self.facts, refresh=False)
             return
         rate = (self.done - self.first) / (now - self.begun)
-        left = time.strftime("%H:%M:%S", time.gmtime((self.iterations - self.done) / rate))
-        self.log(
-            f"epoch {self.next_epoch + 1}: {100 * self.done / self.iterations:.1f} % of the run, "
-            f"{rate * self.images_per_iteration:.0f} images/s, {left} left, loss {float(loss):.3f}"
-        )
+        left = datetime.timedelta(seconds=round((self.iterations - self.done) / rate))
+        text = f"epoch {self.next_epoch + 1}: {100 * self.done / self.iterations:.1f} % of the run, "
+        text += f"{rate * self.images_per_iteration:.0f} images/s, {left} left, loss {float(loss):.3f}"
+        self.log(text)
 
     def end_epoch(self, epoch: int, percent: float, losses: Mapping, model: nn.Module, card: dict, **more) -> None:
         """Record an epoch: checks, metrics.csv, best.pt, last.pt, the curves; in that order.
@@ -241,9 +219,8 @@ class Run:
         """
         losses = {k: float(v) for k, v in losses.items()}
         states = self._states(epoch, losses)
-        self.rows.append(
-            {"epoch": epoch + 1, "seconds": round(self.seconds(), 3), self.column: percent, **losses, **more}
-        )
+        row = {"epoch": epoch + 1, "seconds": round(self.seconds(), 3), self.column: percent, **losses, **more}
+        self.rows.append(row)
         self._write_rows()
         card = {**card, self.column: percent, "epoch": epoch + 1}
         if percent > self.best_score:
@@ -253,10 +230,8 @@ class Run:
         self.next_epoch, self.percent = epoch + 1, percent
         if self.bar is not None:
             self.facts["score"] = f"{percent:.2f}"
-        self.log(
-            f"[Eval] Epoch={epoch + 1} {self.score}={percent:.2f} Best={self.best_score:.2f} "
-            + " ".join(f"{k}={v:.4f}" for k, v in losses.items())
-        )
+        shown = " ".join(f"{k}={v:.4f}" for k, v in losses.items())
+        self.log(f"[Eval] Epoch={epoch + 1} {self.score}={percent:.2f} Best={self.best_score:.2f} {shown}")
         if self.visdom:
             for name, value in {self.column: percent, **losses}.items():
                 self.visdom.curve(name, epoch + 1, value)
@@ -286,19 +261,16 @@ class Run:
         states = {k: v.state_dict() for k, v in self.states.items()}
         bad = [k for k, v in losses.items() if not math.isfinite(v)]
         for name, state in states.items():
-            tensors = [t for t in _leaves(state) if isinstance(t, Tensor) and t.is_floating_point()]
-            if tensors and not torch.stack([t.isfinite().all().to("cpu", non_blocking=True) for t in tensors]).all():
-                bad.append(name)
+            finite = {}  # by device, so that the host waits once for each
+            for t in _leaves(state):
+                if isinstance(t, Tensor) and t.is_floating_point():
+                    finite.setdefault(t.device, []).append(t.isfinite().all())
+            bad += [name] * any(not torch.stack(answers).all() for answers in finite.values())
         if bad:
-            kept = (
-                f"epoch {epoch} is kept in {self.last}"
-                if epoch
-                else (f"{self.last} is kept" if self.last.exists() else "nothing was saved yet")
-            )
-            raise UsageError(
-                f"{', '.join(bad)} became NaN or infinite in epoch {epoch + 1}; {kept}: lower the learning "
-                "rate, or try --precision fp32"
-            )
+            kept = f"{self.last} is kept" if self.last.exists() else "nothing was saved yet"
+            kept = f"epoch {epoch} is kept in {self.last}" if epoch else kept
+            what = f"{', '.join(bad)} became NaN or infinite in epoch {epoch + 1}; {kept}"
+            raise UsageError(f"{what}: lower the learning rate, or try --precision fp32")
         return states
 
     def _save(self, epoch: int, states: dict, model: nn.Module, card: dict) -> None:
@@ -307,22 +279,10 @@ class Run:
                 state.flush()
         piece = self.pieces[-1]
         piece["epochs"][1], piece["seconds"] = epoch + 1, round(time.perf_counter() - self.started, 1)
-        checkpoint.save(
-            {
-                "state_dict": model.state_dict(),
-                "card": card,
-                "epoch": epoch,
-                "run": {
-                    "states": states,
-                    "rng": checkpoint.rng_state(self.runtime.device),
-                    "best_score": self.best_score,
-                    "best_epoch": self.best_epoch,
-                    "pieces": self.pieces,
-                    "args": self.flags,
-                },
-            },
-            self.last,
-        )
+        best = dict(best_score=self.best_score, best_epoch=self.best_epoch)
+        rng = checkpoint.rng_state(self.runtime.device)
+        run = dict(states=states, rng=rng, pieces=self.pieces, args=self.flags, **best)
+        checkpoint.save(dict(state_dict=model.state_dict(), card=card, epoch=epoch, run=run), self.last)
 
     def _write_rows(self) -> None:
         """metrics.csv as a whole: a killed run leaves no half row."""
@@ -352,30 +312,21 @@ class Run:
         plot_accuracy(self.folder / "accuracy.png", {self.name: self.folder / "metrics.csv"}, self.column)
         scores = [float(row[self.column]) for row in self.rows]
         pieces = [p for p in self.pieces if p["epochs"][1] >= p["epochs"][0]] or self.pieces[-1:]
-        result = {
-            "name": self.name,
-            "script": self.args.script,
-            "score": self.score,
-            "last": self.percent,
-            "best": self.best_score,
-            "best_epoch": self.best_epoch,
-            "epochs": self.next_epoch,
-            "mean": statistics.fmean(scores),
-            "variance": statistics.pvariance(scores),
-            **facts,
-            "seconds": round(self.seconds(), 1),
-            "seed": self.args.seed,
-            **{k: " then ".join(dict.fromkeys(str(p[k]) for p in pieces)) for k in ("precision", "hardware", "commit")},
-            "command": self.args.command,
-            "versions": pieces[-1]["versions"],
-            "pieces": pieces,
-            "args": self.flags,
+        together = {
+            k: " then ".join(dict.fromkeys(str(p[k]) for p in pieces)) for k in ("precision", "hardware", "commit")
         }
+        # fmt: off
+        result = {
+            "name": self.name, "script": self.args.script, "score": self.score, "last": self.percent,
+            "best": self.best_score, "best_epoch": self.best_epoch, "epochs": self.next_epoch,
+            "mean": statistics.fmean(scores), "variance": statistics.pvariance(scores), **facts,
+            "seconds": round(self.seconds(), 1), "seed": self.args.seed, **together, "command": self.args.command,
+            "versions": pieces[-1]["versions"], "pieces": pieces, "args": self.flags,
+        }
+        # fmt: on
         checkpoint.write_json(self.folder / "result.json", result)
-        self.log(
-            f"last {self.percent:.2f} %, best {self.best_score:.2f} % (epoch {self.best_epoch}), "
-            f"{self.seconds():.0f} s: {self.folder / 'result.json'}"
-        )
+        scores = f"last {self.percent:.2f} %, best {self.best_score:.2f} % (epoch {self.best_epoch})"
+        self.log(f"{scores}, {self.seconds():.0f} s: {self.folder / 'result.json'}")
         return result
 
 

@@ -140,9 +140,8 @@ class GeneratorA(Generator):
         self.conv_blocks0 = nn.Sequential(nn.BatchNorm2d(2 * ngf))
         self.conv_blocks1 = nn.Sequential(*_doubled(2 * ngf, 2 * ngf, eps=bn_eps))
         up = _doubled(2 * ngf, ngf, eps=bn_eps)
-        self.conv_blocks2 = nn.Sequential(
-            *up, ToImage(ngf, channels), nn.Tanh(), nn.BatchNorm2d(channels, affine=False)
-        )
+        last = ToImage(ngf, channels), nn.Tanh(), nn.BatchNorm2d(channels, affine=False)
+        self.conv_blocks2 = nn.Sequential(*up, *last)
 
     def forward(self, z):
         z = z.flatten(1)

@@ -15,14 +15,11 @@ def register(name: str, constructor: Callable[..., nn.Module], table: dict = MOD
     """Offer `constructor` by `name`, to every script's command line as well.
 
     Args:
-        constructor: takes `num_classes` and `channels` (MODELS), `num_classes` (SEGMENTERS) or
-            `nz, img_size, channels, ngf` (GENERATORS). Images of only one size: give it that
-            side as an attribute `input_size`.
-        table: one of the three.
-        settings: further arguments for it.
+        constructor: takes `num_classes` and `channels` (MODELS), `num_classes` (SEGMENTERS) or `nz, img_size, channels,
+            ngf` (GENERATORS). Images of only one size: give it that side as an attribute `input_size`.
+        table: one of the three. settings: further arguments for it.
 
-    Raises:
-        ValueError: the name is taken.
+    Raises ValueError where the name is taken.
     """
     if name in table:
         raise ValueError(f"the name {name!r} is taken: register the network under another one")
@@ -34,8 +31,8 @@ def get_model(name: str, num_classes: int = 10, channels: int | None = None) -> 
 
     Raises ValueError for a name that is not in MODELS.
     """
-    channels = {} if channels is None else {"channels": channels}
-    return _lookup(MODELS, name, "model")(num_classes=num_classes, **channels)
+    given = {} if channels is None else {"channels": channels}
+    return _lookup(MODELS, name, "model")(num_classes=num_classes, **given)
 
 
 def input_size(name: str) -> int | None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -272,6 +273,14 @@ def test_cells_by_their_columns():
     ]  # fmt: skip
 
 
+def started(script, words, folder):
+    """What a shell script starts in its environment: a Python script and flags."""
+    shutil.copytree(ROOT / "scripts", folder / "scripts", dirs_exist_ok=True)
+    (folder / "scripts" / "setup.sh").write_text("setup() { PY=echo; }\n")
+    command = ["bash", folder / "scripts" / script, *words]
+    return shlex.split(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 @pytest.mark.parametrize(
     ("script", "words", "cells"),
     [
@@ -288,17 +297,25 @@ def test_cells_by_their_columns():
     ],
 )
 def test_shell_scripts_name_cells(script, words, cells, tmp_path):
-    (tmp_path / "scripts").mkdir()
-    for name in (script, "cifar_rows.sh"):
-        (tmp_path / "scripts" / name).write_text((ROOT / "scripts" / name).read_text())
-    (tmp_path / "scripts" / "setup.sh").write_text("setup() { PY=echo; }\n")
-    end = subprocess.run(["bash", tmp_path / "scripts" / script, *words.split()], capture_output=True, text=True)
-    name, *argv = shlex.split(end.stdout)
-    assert name == "reproduce.py" and end.returncode == 0
+    name, *argv = started(script, words.split(), tmp_path)
+    assert name == "reproduce.py"
     args = reproduce.parse_args(argv)
     assert [c.name for c in reproduce.chosen(args)] == cells
     assert args.flags == (["--n_epochs", "1"] if "--n_epochs" in words else [])
     assert args.seeds == (3 if "--seeds" in words else 1)
+
+
+def test_each_command_of_the_readme_is_known_to_its_parser(tmp_path):
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    commands = [shlex.split(line, comments=True) for line in "".join(blocks).replace("\\\n", " ").splitlines()]
+    assert {"bash", "python"} <= {command[0] for command in commands}
+    for program, script, *argv in commands:
+        if program == "bash":
+            script, *argv = started(Path(script).name, argv, tmp_path)
+        if script == "reproduce.py":
+            assert reproduce.chosen(reproduce.parse_args(argv))
+        elif script.endswith(".py"):
+            papers.parse(script, argv)
 
 
 def test_check(tmp_path, capsys):

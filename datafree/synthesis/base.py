@@ -110,8 +110,7 @@ class Synthesizer:
 
     @torch.no_grad()
     def unseen(self) -> Iterator[Tensor]:
-        """1000 normalised images, in batches, that the student never learns from: of latents set apart, by a copy of
-        the generator."""
+        """1000 normalised images, in batches, that the student never learns from, by a copy of the generator."""
         generator, seed = copy.deepcopy(self.generator), torch.Generator().manual_seed(0)
         for _ in range(4):
             yield self.normalized(self.generate(generator, self.generator.latents(250, generator=seed)))

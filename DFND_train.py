@@ -264,7 +264,8 @@ def not_selected(found: dict, rows: Tensor) -> Tensor:
     rest = rest.nonzero().flatten()
     if not len(rest):
         raise UsageError("no wild image is left to score the student: lower --num_select, or give more images")
-    return rest[:: max(1, len(rest) // HELD_OUT)][:HELD_OUT]
+    n = min(HELD_OUT, len(rest))
+    return rest[torch.arange(n) * len(rest) // n]
 
 
 def report(run: Run, split, found: dict, rows: Tensor, class_names: tuple[str, ...]) -> None:

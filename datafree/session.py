@@ -98,12 +98,12 @@ class Session:
         args = self.args
         if self.segmentation:
             return get_segmentation(args.dataset, args.data_root, args.mean, args.std, train).to(self.runtime.device)
-        own = args.dataset in ("none", "folder")  # what is not known of these, the teacher's file says
-        size, channels, num_classes = (
-            getattr(args, key, None) or (card.get(key) if own else None)
-            for key in ("img_size", "channels", "num_classes")
-        )
-        num_classes = num_classes if args.dataset == "none" else getattr(args, "num_classes", None)
+        # What is not known of these two, the teacher's file says.
+        known = card if args.dataset in ("none", "folder") else {}
+        channels, num_classes = (args.channels, args.num_classes) if "channels" in args else (None, None)
+        size, channels = args.img_size or known.get("img_size"), channels or known.get("channels")
+        if args.dataset == "none":
+            num_classes = num_classes or card.get("num_classes")
         data = get_dataset(args.dataset, args.data_root, size, channels, args.mean, args.std, args.attribute,
                            train=train, num_classes=num_classes).to(self.runtime.device)  # fmt: skip
         if args.dataset == "none" and (source := SOURCES.get(card.get("dataset"))):

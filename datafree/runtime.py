@@ -1,21 +1,25 @@
 """Where and how a run computes: seeds, device, precision, schedules and optimisers."""
 
+import argparse
 import ctypes
 import math
 import platform
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from datafree.errors import UsageError
 
 
-def has_bf16(device):
+def has_bf16(device: torch.device) -> bool:
     """Whether bfloat16 arithmetic is in the device's hardware (emulation is slower than fp32)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -30,19 +34,19 @@ class Runtime:
     device: torch.device
     precision: str
 
-    def autocast(self):
+    def autocast(self) -> AbstractContextManager:
         """The context of a network's forward pass; losses belong outside it."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def place(self, *modules):
+    def place(self, *modules: nn.Module) -> None:
         """Move modules to the device, their convolutions' weights to channels_last."""
         for module in modules:
             module.to(self.device, memory_format=torch.channels_last)
 
 
-def keep_memory(keep=True):
+def keep_memory(keep: bool = True) -> None:
     """Let the C library keep freed memory for the next step instead of giving it back.
 
     Returning each activation to the kernel and faulting its pages in again takes about a third
@@ -59,7 +63,7 @@ def keep_memory(keep=True):
             libc.malloc_trim(0)
 
 
-def setup(args):
+def setup(args: argparse.Namespace) -> Runtime:
     """Seed everything and settle device and precision.
 
     Raises:
@@ -98,7 +102,7 @@ def setup(args):
 class Stopwatch:
     """Adds up the time of its `with` blocks, on a GPU without waiting for it; resumable."""
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
         self.total, self.open = 0.0, []
 
@@ -115,7 +119,7 @@ class Stopwatch:
     def __exit__(self, *error):
         self.open[-1].append(self._now())
 
-    def seconds(self):
+    def seconds(self) -> float:
         if self.open and self.cuda:
             torch.cuda.synchronize()
         for start, *end in self.open:
@@ -124,14 +128,14 @@ class Stopwatch:
         self.open.clear()
         return self.total
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, float]:
         return {"seconds": self.seconds()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, float]) -> None:
         self.total = state["seconds"]
 
 
-def cosine_at(epoch, lr, n_epochs, lowest):
+def cosine_at(epoch: float, lr: float, n_epochs: int, lowest: float) -> float:
     """Cosine schedule (Loshchilov and Hutter 2017) from lr at epoch 0 to `lowest` at n_epochs.
 
     Before epoch 0 it is lr. A rate that starts below `lowest` stays.
@@ -140,7 +144,7 @@ def cosine_at(epoch, lr, n_epochs, lowest):
     return lowest + (lr - lowest) * (1 + math.cos(math.pi * max(0, epoch) / n_epochs)) / 2
 
 
-def lr_at(epoch, lr, n_epochs, milestones=(), gamma=0.1):
+def lr_at(epoch: float, lr: float, n_epochs: int, milestones: Sequence[float] = (), gamma: float = 0.1) -> float:
     """Step schedule: lr x gamma for each milestone (a fraction of n_epochs) behind `epoch`.
 
     A pure function of the epoch, so that a resumed run needs no scheduler state. `epoch` counts
@@ -149,12 +153,12 @@ def lr_at(epoch, lr, n_epochs, milestones=(), gamma=0.1):
     return lr * gamma ** sum(epoch + 1e-9 >= m * n_epochs for m in milestones)
 
 
-def set_lr(optimizer, lr):
+def set_lr(optimizer: Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
-def make_optimizer(name, parameters, lr, weight_decay=None):
+def make_optimizer(name: str, parameters: Iterable, lr: float, weight_decay: float | None = None) -> Optimizer:
     """adam, adamw, or sgd (momentum 0.9): fused, one kernel for all parameters.
 
     A weight decay of None is PyTorch's default: 0.01 for adamw, none for the others.
@@ -166,7 +170,7 @@ def make_optimizer(name, parameters, lr, weight_decay=None):
     return kind(parameters, lr, fused=True, **decay)
 
 
-def device_name(device):
+def device_name(device: torch.device) -> str:
     """The GPU's or the processor's name and number of threads, for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -178,7 +182,7 @@ def device_name(device):
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def commit():
+def commit() -> str | None:
     """The code's commit, with a + if files differ from it; None outside a git checkout."""
     here = Path(__file__).resolve().parent.parent
     command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]

@@ -148,21 +148,21 @@ def test_resume_after_any_epoch_is_bit_identical(whole, stop, tmp_path, checkpoi
 
 def test_resume_after_a_kill_in_mid_epoch_is_bit_identical(tmp_path, checkpoints):
     def argv(out):
-        return [sys.executable, str(ROOT / "DAFL_train.py"), *command(DAFL, out, checkpoints, "--iterations", "30")]
+        return [sys.executable, str(ROOT / "DAFL_train.py"), *command(DAFL, out, checkpoints, "--iterations", "12")]
 
     subprocess.run(argv(tmp_path / "whole"), check=True, capture_output=True)
     process = subprocess.Popen(argv(tmp_path / "killed"), stdout=subprocess.DEVNULL)
-    last = tmp_path / "killed" / DAFL.folder("--iterations", "30") / "last.pt"
+    last = tmp_path / "killed" / DAFL.folder("--iterations", "12") / "last.pt"
     while not last.exists():
         assert process.poll() is None
         time.sleep(0.01)
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert states(tmp_path / "killed", DAFL, "--iterations", "30")[3] < 3
+    assert states(tmp_path / "killed", DAFL, "--iterations", "12")[3] < 3
     subprocess.run([*argv(tmp_path / "killed"), "--resume"], check=True, capture_output=True)
     assert equal(
-        states(tmp_path / "killed", DAFL, "--iterations", "30"), states(tmp_path / "whole", DAFL, "--iterations", "30")
+        states(tmp_path / "killed", DAFL, "--iterations", "12"), states(tmp_path / "whole", DAFL, "--iterations", "12")
     )
 
 

@@ -79,7 +79,7 @@ CASES = {
         "--batch_size 16 --dataset digits --n_epochs 4 --epoch_itrs 2 --nz 4 --sample_every 2 --scheduler",
         DFAD_cifar,
     ),
-    "ZSKT_train": case(ZSKT_train, "--batch_size 16 --n_epochs 4 --epoch_itrs 2 --nz 4 --sample_every 2"),
+    "ZSKT_train": case(ZSKT_train, "--batch_size 4 --n_epochs 4 --epoch_itrs 1 --nz 4 --sample_every 2"),
     "DFND_train": case(DFND_train, "--batch_size 64 --wild digits --num_select 256 --n_epochs 4"),
 }
 

@@ -63,7 +63,7 @@ for machines, [results.csv](results/results.csv).
 ## Measured
 
 "Last" is the last epoch, "best" the best one on the test set, which is what the papers report, ± the standard
-deviation over n seeds; s.e. is the standard error that so many test images leave in a score, the mean is over all
+deviation over n runs; s.e. is the standard error that so many test images leave in a score, the mean is over all
 epochs. "Differs" names the flags in which runs are not the published one, with the published value in brackets.
 
 {measured}"""

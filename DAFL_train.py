@@ -40,6 +40,8 @@ Differences from the published code:
     as by a momentum of 0.19: --as_published does both. One process sees the batch of 8 x 256.
 """
 
+import datafree.interrupt  # noqa: F401
+
 import math
 
 from torch import Tensor, nn

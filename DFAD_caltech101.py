@@ -10,6 +10,8 @@ Difference from the published code: images are the central squares, 128 pixels w
 test set holds them too, its training images are cut at random places.
 """
 
+import datafree.interrupt  # noqa: F401
+
 import DFAD_cifar
 from datafree.cli import cli
 

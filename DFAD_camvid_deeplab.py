@@ -13,6 +13,8 @@ settings, the defaults:
 {presets}
 """
 
+import datafree.interrupt  # noqa: F401
+
 from collections.abc import Mapping
 
 import DFAD_cifar
@@ -29,9 +31,9 @@ PRESET = dict(dataset="camvid", teacher="deeplabv3_resnet50", student="deeplabv3
 # fmt: on
 
 
-def parse_args(argv=None, script: str = __file__, card: str = __doc__, preset: Mapping = PRESET):
+def parse_args(argv=None, script: str = __file__, docstring: str = __doc__, preset: Mapping = PRESET):
     """The command line; DFAD_nyu_deeplab.py gives its own file, docstring and preset."""
-    p = Parser(script, card.format(presets=describe_presets({preset["dataset"]: preset})), paper="dfad")
+    p = Parser(script, docstring.format(presets=describe_presets({preset["dataset"]: preset})), paper="dfad")
     p.set_defaults(dataset=preset["dataset"])
     p.add_networks(SEGMENTERS)
     DFAD_cifar.add_flags(p)

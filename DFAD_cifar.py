@@ -25,6 +25,8 @@ in the student, which the next student step adds to its own although it is to do
 here, but with --keep_student_gradient, except over the end of an epoch.
 """
 
+import datafree.interrupt  # noqa: F401
+
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 
@@ -48,9 +50,9 @@ MMRAZOR = dict(batch_size=256, n_epochs=500, optimizer_G="adamw", lr_G=1e-3, mil
 PRESETS = {"cifar10": CIFAR, "folder": CIFAR}
 
 
-def parse_args(argv=None, script: str = __file__, card: str = __doc__, presets: Mapping[str, dict] = PRESETS):
+def parse_args(argv=None, script: str = __file__, docstring: str = __doc__, presets: Mapping[str, dict] = PRESETS):
     """The command line; the doors to this script give their own file, docstring and presets, the default first."""
-    p = Parser(script, card.format(presets=describe_presets(presets)), paper="dfad")
+    p = Parser(script, docstring.format(presets=describe_presets(presets)), paper="dfad")
     p.add_dataset(default=next(iter(presets)))
     p.add_networks()
     p.add_argument(

@@ -12,6 +12,8 @@ The digits' setting is ours; the shell script adds --scheduler to it, without wh
 scatter by several points.
 """
 
+import datafree.interrupt  # noqa: F401
+
 import DFAD_cifar
 from datafree.cli import cli
 

@@ -7,6 +7,8 @@ The algorithm is in DFAD_camvid_deeplab.py. Published settings, the defaults:
 {presets}
 """
 
+import datafree.interrupt  # noqa: F401
+
 import DFAD_camvid_deeplab
 from datafree.cli import cli
 

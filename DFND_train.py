@@ -6,9 +6,9 @@
     python DFND_train.py --dataset cifar10 --wild my/imagenet --selection random         # 91.25 %
     python DFND_train.py --dataset digits --wild mnist     # embedded teacher, another set's images
 
-Any large set of unlabelled images serves instead of the training data. The teacher N_T looks at
-all of them and keeps those that it is surest about; the student N_S learns its answers x -> N_T(x)
-on these, and, as some of its labels are wrong, a noise-adaptation matrix Q beside it:
+Any large set of unlabelled images serves instead of the training data. The teacher N_T looks at all of them and keeps
+those that it is surest about; the student N_S learns its answers x -> N_T(x) on these, and, as some of its labels are
+wrong, a noise-adaptation matrix Q beside it:
 
     value(x) = H(N_T(x), argmax N_T(x))                    the --num_select lowest are kept
     L_KD = T^2 KL(N_T(x) / T || N_S(x) / T)                T = 4
@@ -17,35 +17,38 @@ on these, and, as some of its labels are wrong, a noise-adaptation matrix Q besi
     L_noise = -log (softmax(N_S(x)) Q)_y,  y = argmax N_T(x)
     L_S  = L_KD + L_noise
 
-Wild images are brought to the teacher's size and channels and normalised with its statistics. The
-scan of the wild set is kept in <out>/wild_scans/ and used again for the same teacher and images;
-files that cannot be read are counted and left out. Of a run's folder, samples/wild_best.png and
-wild_worst.png show what the teacher is most and least sure of, wild_values.png all values.
+Wild images are brought to the teacher's size and channels and normalised with its statistics. The scan of the wild set
+is kept in <out>/wild_scans/ and used again for the same teacher and images; files that cannot be read are counted and
+left out. Of a run's folder, samples/wild_best.png and wild_worst.png show what the teacher is most and least sure of,
+wild_values.png all values.
 
-Published settings; the defaults of these flags are the data set's. The student sees about 20
-million images: --n_epochs is int(40000 / num_select * 512) - 1, unless named here:
+Published settings, the defaults. The student sees about 20 million images: --n_epochs is
+int(40000 / num_select * 512) - 1, unless named here:
 {presets}
 
 Differences from the published code, which cannot run as it stands:
- 1. It normalises wild images with ImageNet's statistics for a teacher trained with other ones:
-    --wild_stats imagenet.
- 2. The accuracy in Q comes from the teacher's file (published: 0.9523 for CIFAR-10 and 0.7774 for
-    CIFAR-100), from --teacher_acc, or is estimated by the teacher's mean confidence.
- 3. Without test images (--dataset none) the score is the agreement with the teacher on wild images
-    that were not selected, a thousand at the most; --selection all holds out evenly spread ones.
+ 1. It normalises wild images with ImageNet's statistics for a teacher trained with other ones: --wild_stats imagenet.
+ 2. The accuracy in Q comes from the teacher's file (published: 0.9523 for CIFAR-10 and 0.7774 for CIFAR-100), from
+    --teacher_acc, or is estimated by the teacher's mean confidence.
+ 3. Without test images (--dataset none) the score is the agreement with the teacher on wild images that were not
+    selected, a thousand at the most; --selection all holds out evenly spread ones.
  4. The networks run in bfloat16 where the hardware has it, the scan included (--precision fp32).
  5. Settings of data sets other than CIFAR are ours.
 """
 
+import datafree.interrupt  # noqa: F401
+
 import hashlib
 import math
 import time
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 import papers
@@ -68,12 +71,11 @@ PRESETS = {
     "mnist": GREY,
     "digits": GREY | dict(num_select=5_000, batch_size=128, n_epochs=20),
     "cifar10": CIFAR10,
-    "caltech101": CIFAR | dict(batch_size=64),
-    "imagenet": CIFAR | dict(batch_size=64),
+    **dict.fromkeys(("caltech101", "imagenet"), CIFAR | dict(batch_size=64)),
     "celeba": CIFAR | dict(optimizer="adam", lr=1e-4, weight_decay=0.0, batch_size=128),
     "folder": CIFAR10,
 }
-WILD = (
+FLAGS = (
     ("--wild", "the unlabelled images: a folder (any depth) or a zip, as it is given or below --wild_root, or the "
      f"train images of one of {', '.join(DATASETS)}", dict(metavar="SET")),
     ("--wild_root", "where that set is (default: --data_root)", dict(metavar="DIR")),
@@ -81,10 +83,8 @@ WILD = (
      dict(choices=("teacher", "imagenet"), default="teacher")),
     ("--selection", "which of them teach: the --num_select of lowest value, as many at random, or all (default: "
      "%(default)s)", dict(choices=("lowest", "random", "all"), default="lowest")),
-)
-FURTHER = (
     ("--teacher_acc", "the teacher's accuracy, for Q (default: as its file says)",
-     dict(type=number(float, 0, 1, above=True), metavar="FRACTION")),
+     dict(type=number(float, 1e-9, 1), metavar="FRACTION")),
     ("--memory", "keep the selected images on the device up to this size, else decode them anew in each epoch "
      "(default: %(default)s)", dict(type=positive, default=4.0, metavar="GIB")),
 )
@@ -95,16 +95,14 @@ RECIPE = dict(
     lr_Q="learning rate of Q, by Adam", T="temperature of L_KD",
 )
 # fmt: on
-SCAN_BATCH = 512  # images
 HELD_OUT = 1000  # wild images at the most that score the student where there are no test images
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence | None = None) -> Namespace:
     p = Parser(__file__, __doc__.format(presets=describe_presets(PRESETS)), paper="dafl")
     p.add_dataset()
-    p.add(*WILD)
+    p.add(*FLAGS)
     p.add_networks()
-    p.add(*FURTHER)
     p.add_recipe(**RECIPE)
     p.add_run()
     args = p.parse_args(argv)
@@ -112,7 +110,10 @@ def parse_args(argv=None):
         p.error("--wild is missing: name a folder of images, a zip or a data set")
     words = [path_word(args.wild or "")]
     words += [path_word(args.wild_root or args.data_root)] if args.wild == "folder" else []
-    return p.complete(args, preset_of(args.dataset, PRESETS), words=words, named=["wild"])
+    args = p.complete(args, preset_of(args.dataset, PRESETS), words=words, named=["wild"])
+    if args.selection != "all":
+        args.n_epochs = args.n_epochs or max_epoch(args.num_select) - 1
+    return args
 
 
 def max_epoch(num_select: int) -> int:
@@ -129,7 +130,7 @@ class NoiseAdaptation(nn.Module):
 
     def __init__(self, num_classes: int, accuracy: float):
         super().__init__()
-        self.accuracy = accuracy
+        self.right, self.wrong = (math.log(p) if p > 0 else -math.inf for p in (accuracy, 1 - accuracy))
         self.logits = nn.Parameter(torch.zeros(num_classes, num_classes - 1))
 
     def log_matrix(self) -> Tensor:
@@ -138,10 +139,10 @@ class NoiseAdaptation(nn.Module):
         Row c is the accuracy at column c and (1 - accuracy) softmax(logits[c]) in the others: it sums to 1.
         """
         n = len(self.logits)
-        wrong = at_least_float32(self.logits).log_softmax(1) + _log(1 - self.accuracy)
+        wrong = at_least_float32(self.logits).log_softmax(1) + self.wrong
         # The parameters of a row fill its columns in order and leave out the diagonal: n + 1
         # places further along the flattened matrix comes the next diagonal entry.
-        right = wrong.new_full((n - 1, 1), _log(self.accuracy))
+        right = wrong.new_full((n - 1, 1), self.right)
         rows = torch.cat([right, wrong.reshape(n - 1, n)], 1).flatten()
         return torch.cat([rows, right[0]]).view(n, n)
 
@@ -151,20 +152,16 @@ class NoiseAdaptation(nn.Module):
         return -(log_s + self.log_matrix().T[t_logits.argmax(1)]).logsumexp(1).mean()
 
 
-def _log(x: float) -> float:
-    return math.log(x) if x > 0 else -math.inf
-
-
 def value_of(t_logits: Tensor) -> Tensor:
     """Cross-entropy (N,) of the teacher with its own arg-max: low where it is sure."""
     return 0 - at_least_float32(t_logits).log_softmax(1).amax(1)  # not -0.0
 
 
-def train_epoch(epoch, s: Session, noise, optimizer_S, optimizer_Q, batches, transform) -> dict[str, Tensor]:
+def train_epoch(
+    s: Session, noise: NoiseAdaptation, optimizers: Sequence[Optimizer], batches: Iterable, transform: Transform
+) -> dict[str, Tensor]:
     """One pass over the selected images; returns the mean of each loss."""
     s.student.train()
-    # As published, epochs count from 1, to one less than `max_epoch`.
-    set_lr(optimizer_S, lr_at(epoch + 1, s.args.lr, s.n_epochs + 1, s.args.milestones))
     total = torch.zeros(2, device=s.runtime.device)
     for images, _ in batches:
         x = transform(images, train=True)
@@ -173,11 +170,11 @@ def train_epoch(epoch, s: Session, noise, optimizer_S, optimizer_Q, batches, tra
             with torch.no_grad():
                 t_logits = s.folded_teacher(x)
         loss_kd, loss_noise = kd_loss(s_logits, t_logits, s.args.T), noise(s_logits, t_logits)
-        optimizer_S.zero_grad()
-        optimizer_Q.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         (loss_kd + loss_noise).backward()
-        optimizer_S.step()
-        optimizer_Q.step()
+        for optimizer in optimizers:
+            optimizer.step()
         total += torch.stack([loss_kd.detach(), loss_noise.detach()])
         s.run.tick(loss_kd.detach())
     return dict(zip(("loss_kd", "loss_noise"), total / len(batches), strict=True))
@@ -195,7 +192,7 @@ def scan(teacher: nn.Module, split: TensorSplit | FileSplit, transform: Transfor
     values, labels = torch.empty(n), torch.empty(n, dtype=torch.int16)
     broken, done = [], 0
     with tqdm(desc="scanning the wild set", total=n, unit=" images", unit_scale=True, disable=None) as bar:
-        for images, unreadable in split.scan(SCAN_BATCH, runtime.device):
+        for images, unreadable in split.scan(512, runtime.device):
             with runtime.autocast():
                 t_logits = teacher(transform(images))
             rows = slice(done, done + len(images))
@@ -207,7 +204,7 @@ def scan(teacher: nn.Module, split: TensorSplit | FileSplit, transform: Transfor
     return {"values": values, "labels": labels, "broken": len(broken), "example": broken[0][1] if broken else None}
 
 
-def cached_scan(s: Session, split, fingerprint: str, transform: Transform) -> dict:
+def cached_scan(s: Session, split: TensorSplit | FileSplit, fingerprint: str, transform: Transform) -> dict:
     """`scan`, or what is left of an earlier one of the same teacher and images in <out>/wild_scans."""
     key = hashlib.sha256(repr((fingerprint, len(split), transform.mean, transform.std, s.runtime.precision)).encode())
     for name, tensor in s.teacher.state_dict().items():
@@ -225,7 +222,13 @@ def cached_scan(s: Session, split, fingerprint: str, transform: Transform) -> di
     return found
 
 
-def select(found: dict, args) -> Tensor:
+def _spread(rows: Tensor, most: int) -> Tensor:
+    """At most so many, and HELD_OUT, of the rows, evenly spread, as a set may be sorted by class."""
+    n = min(HELD_OUT, most, len(rows))
+    return rows[torch.arange(n) * len(rows) // max(1, n)]
+
+
+def select(found: Mapping, args: Namespace) -> Tensor:
     """Rows of the images that teach, int64 (n,): the lowest values or all, in their order, or random ones.
 
     Raises:
@@ -235,10 +238,7 @@ def select(found: dict, args) -> Tensor:
     readable = (~values.isnan()).nonzero().flatten()
     if args.selection == "all":
         if args.dataset == "none":  # evenly spread ones are left to score the student
-            n = min(HELD_OUT, len(readable) // 2)
-            teaches = torch.ones(len(readable), dtype=torch.bool)
-            teaches[torch.arange(n) * len(readable) // max(1, n)] = False
-            readable = readable[teaches]
+            readable = readable[~torch.isin(readable, _spread(readable, len(readable) // 2))]
         wanted = len(readable)
     if len(readable) < max(2, wanted):
         raise _too_few(args, f"{len(readable):,} images that can be read")
@@ -248,12 +248,12 @@ def select(found: dict, args) -> Tensor:
     return readable[values[readable].argsort(stable=True)[:wanted]]
 
 
-def _too_few(args, images: str) -> UsageError:
+def _too_few(args: Namespace, images: str) -> UsageError:
     wanted = f"fewer than --num_select {args.num_select:,}"
     return UsageError(f"wild set {args.wild} has {images}, {wanted}: lower it, or give more images")
 
 
-def not_selected(found: dict, rows: Tensor) -> Tensor:
+def not_selected(found: Mapping, rows: Tensor) -> Tensor:
     """Rows, int64 (n,), of at most HELD_OUT readable images that are not among `rows`, evenly spread.
 
     Raises:
@@ -261,14 +261,12 @@ def not_selected(found: dict, rows: Tensor) -> Tensor:
     """
     rest = ~found["values"].isnan()
     rest[rows] = False
-    rest = rest.nonzero().flatten()
-    if not len(rest):
+    if not rest.any():
         raise UsageError("no wild image is left to score the student: lower --num_select, or give more images")
-    n = min(HELD_OUT, len(rest))
-    return rest[torch.arange(n) * len(rest) // n]
+    return _spread(rest.nonzero().flatten(), HELD_OUT)
 
 
-def report(run: Run, split, found: dict, rows: Tensor, class_names: tuple[str, ...]) -> None:
+def report(run: Run, split: TensorSplit | FileSplit, found: Mapping, rows: Tensor, class_names: Sequence[str]) -> None:
     """Say what was selected; wild_values.png, and grids of the surest and unsurest images."""
     values = found["values"]
     order = values.argsort(stable=True)[: len(values) - found["broken"]]
@@ -276,16 +274,15 @@ def report(run: Run, split, found: dict, rows: Tensor, class_names: tuple[str, .
     shares = ", ".join(f"{25 * i} % below {level:.2g}" for i, level in enumerate(levels))
     counts = found["labels"][rows].long().bincount(minlength=len(class_names)).tolist()
     classes = ", ".join(f"{name} {count:,}" for name, count in zip(class_names[:20], counts, strict=False))
-    more = " ..." if len(class_names) > 20 else ""
+    classes += " ..." if len(class_names) > 20 else ""
     if found["broken"]:
         run.log(f"left out: {found['broken']:,} files that cannot be read, such as {found['example']}")
     run.log(f"cross-entropy with the teacher's own label: {shares}")
-    run.log(f"selected {len(rows):,} of {len(order):,}; by the teacher's label: {classes}{more}")
+    run.log(f"selected {len(rows):,} of {len(order):,}; by the teacher's label: {classes}")
     for name, shown in (("wild_best", order[:64]), ("wild_worst", order.flip(0)[:64])):
         images, _ = next(iter(split.take(shown).batches(len(shown), device="cpu")))
         run.images(name, images.float() / 255)
     figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="cross-entropy of the teacher with its own label", ylabel="images", yscale="log")
     edges = torch.linspace(0, values[order[-1]].item() or 1.0, 51).tolist()
     axes.hist(values[order].numpy(), edges, label="wild set")
@@ -294,7 +291,7 @@ def report(run: Run, split, found: dict, rows: Tensor, class_names: tuple[str, .
     figure.savefig(run.folder / "wild_values.png", dpi=120)
 
 
-def main(args):
+def main(args: Namespace) -> dict:
     """Select and distil, or evaluate; returns the content of result.json."""
     s = Session(args, papers.published(args))
     if s.result:
@@ -308,6 +305,7 @@ def main(args):
         transform = Transform(*imagenet_statistics(data.channels), data.padding, data.flip)
     found = cached_scan(s, split, fingerprint, transform)
     rows = select(found, args)
+    args.n_epochs = args.n_epochs or max_epoch(len(rows)) - 1  # of --selection all
     report(s.run, split, found, rows, data.class_names)
     memory, one_left = args.memory * 2**30, len(rows) % args.batch_size == 1  # would stop BatchNorm on a 1x1 map
     images = split.take(rows).in_memory(memory).to(device)
@@ -315,7 +313,7 @@ def main(args):
     if data.test is None:
         unseen = split.take(not_selected(found, rows)).in_memory(memory).to(device)
         s.unseen = lambda: (transform(x) for x, _ in unseen.batches(250, device=device))
-    accuracy = args.teacher_acc or s.teacher_card.get("accuracy", math.nan) / 100
+    accuracy = args.teacher_acc or s.teacher_metadata.get("accuracy", math.nan) / 100
     if math.isnan(accuracy):
         accuracy = (-found["values"][rows]).exp().mean().item()
         s.run.log("the teacher's file does not say how good it is: Q takes its mean confidence (--teacher_acc sets it)")
@@ -324,9 +322,10 @@ def main(args):
     optimizer_S = make_optimizer(args.optimizer, s.student.parameters(), args.lr, args.weight_decay)
     optimizer_Q = make_optimizer("adam", noise.parameters(), args.lr_Q)
     states = dict(student=s.student, noise=noise, optimizer_S=optimizer_S, optimizer_Q=optimizer_Q)
-    n_epochs = args.n_epochs or max_epoch(len(rows)) - 1
-    for epoch in s.epochs(len(batches), args.batch_size, n_epochs, **states):
-        s.record(train_epoch(epoch, s, noise, optimizer_S, optimizer_Q, batches, transform))
+    for epoch in s.epochs(len(batches), args.batch_size, **states):
+        # As published, epochs count from 1, to one less than `max_epoch`.
+        set_lr(optimizer_S, lr_at(epoch + 1, args.lr, args.n_epochs + 1, args.milestones))
+        s.record(train_epoch(s, noise, (optimizer_S, optimizer_Q), batches, transform))
     wild = dict(wild=args.wild, wild_fingerprint=fingerprint, wild_images=len(split), wild_broken=found["broken"])
     return s.finish(method="DFND", **wild, selected=len(rows), accuracy_in_Q=accuracy)
 

@@ -26,6 +26,8 @@ learn by Adam (student 2e-3, generator 1e-3, cosine to 0 over 80 000 batches of 
 length 100 and the networks are Wide ResNets, which can be named here as well.
 """
 
+import datafree.interrupt  # noqa: F401
+
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator

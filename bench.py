@@ -1,38 +1,38 @@
 """Times steps of DAFL, DFAD and Fast-Datafree in the published way and in ours, in turn in one run.
 
-    python bench.py                       # DAFL: LeNet-5, MNIST size, batch 512
-    python bench.py --setting cifar10     # DAFL: ResNet-34 -> ResNet-18
-    python bench.py --setting dfad_mnist  # DFAD: LeNet-5, batch 512
-    python bench.py --setting dfad_cifar  # DFAD: ResNet-34 -> ResNet-18, batch 256
-    python bench.py --setting fast_wrn    # fast_meta: WRN-40-2 -> WRN-16-1, batch 256
-    python bench.py --setting fast_resnet # fast_meta: ResNet-34 -> ResNet-18, batch 256
+    python bench.py                     # DAFL: LeNet-5, MNIST size, batch 512; --setting dfad_mnist: DFAD
+    python bench.py --setting cifar10   # DAFL: ResNet-34 -> ResNet-18, batch 256; also dfad_cifar, fast_resnet
+    python bench.py --setting fast_wrn  # fast_meta: WRN-40-2 -> WRN-16-1, batch 256
 
-The published way is float32, NCHW, eager, with upsampling and convolution apart and the C
-library's own treatment of freed memory; for fast_meta, synthetic images are also written as PNG
-files and read back by four worker processes through PIL, and the hooks on the teacher's BatchNorm
-layers stay in student steps too. Ours is what the script does on this device. A round of synthesis
-is Fast-2: two updates make a batch, which goes to the pool; images of a round, as of the six steps
-of a DFAD iteration, count once.
+The published way is float32, NCHW, eager, with upsampling and convolution apart and the C library's own treatment of
+freed memory; for fast_meta, synthetic images are also written as PNG files and read back by four worker processes
+through PIL, and the hooks on the teacher's BatchNorm layers stay in student steps too. Ours is what the script does on
+this device. A round of synthesis is Fast-2: two updates make a batch, which goes to the pool; images of a round, as of
+the six steps of a DFAD iteration, count once.
 
-Both run the same functions on the same networks, each in a process of its own, so that neither
-uses the other's memory; their blocks of steps alternate, so that a machine whose speed drifts
-drifts for both. Reported are the medians over the blocks, and of the ratio also the smallest and
-the largest. The share of the peak is the arithmetic that the convolutions and matrix products of
-that way really do, over what a large matrix product reaches in the same precision. Peak memory is
-the process's (on a GPU: PyTorch's).
+Both run the same functions on the same networks, each in a process of its own, so that neither uses the other's memory;
+their blocks of steps alternate, so that a machine whose speed drifts drifts for both. Reported are the medians over the
+blocks, and of the ratio also the smallest and the largest. The share of the peak is the arithmetic that the
+convolutions and matrix products of that way really do, over what a large matrix product reaches in the same precision.
+Peak memory is the process's (on a GPU: PyTorch's).
 """
+
+import datafree.interrupt  # noqa: F401
 
 import json
 import resource
 import statistics
 import tempfile
 import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
@@ -50,6 +50,7 @@ from datafree.fold import fold_batch_norm
 from datafree.losses import activation_loss, information_entropy_loss, kd_loss, one_hot_loss
 from datafree.pool import ImagePool
 from datafree.runtime import Runtime, device_name, keep_memory, make_optimizer, setup
+from datafree.session import Session
 from datafree.synthesis import Fast
 from models import get_generator, get_model, set_folded
 
@@ -57,14 +58,18 @@ POOL = 10240  # images in the pool of fast_meta: a run's has 256 to 56,320
 WAYS = ("published", "ours")
 
 
-def parse_args(argv=None):
+# Of every benchmark: names, help, and what else argparse is told.
+FLAGS = ("--json", "write the figures there too", dict(metavar="FILE")), *DEVICE
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """The command line."""
     p = Parser(__file__, __doc__)
     p.add_argument("--setting", choices=SETTINGS, default="mnist", help="(default: %(default)s)")
     p.add_argument("--batch_size", type=batch, help="(default: 512 for LeNet-5, else 256)")
     p.add_argument("--steps", type=count, default=4, help="of a block; of rounds one (default: %(default)s)")
     p.add_argument("--repeats", type=number(int, 2), default=5, help="blocks of each way (default: %(default)s)")
-    p.add_argument("--json", metavar="FILE", help="write the figures there too")
-    p.add(*DEVICE)
+    p.add(*FLAGS)
     args = p.parse_args(argv)
     args.batch_size = args.batch_size or (512 if args.setting.endswith("mnist") else 256)
     return args
@@ -74,13 +79,13 @@ class Way:
     """The networks and optimisers of one way; to the scripts' functions it is a session.
 
     Args:
-        name: "published" or "ours". args: of the command line. runtime: of ours.
-        script, flags: whose settings it has.
+        name: "published" or "ours". args: of the command line. runtime: of ours. script, flags: whose settings it has.
     """
 
     network = "dafl"  # the generator
+    step = Session.step
 
-    def __init__(self, name: str, args, runtime: Runtime, script, *flags):
+    def __init__(self, name: str, args: Namespace, runtime: Runtime, script: ModuleType, *flags: object):
         self.ours = name == "ours"
         if runtime.device.type == "cpu":
             keep_memory(self.ours)
@@ -93,48 +98,41 @@ class Way:
         self.generator = set_folded(get_generator(self.network, self.args.nz, 32, self.channels), self.ours)
         self.teacher = get_model(self.args.teacher, 10, self.channels).eval().requires_grad_(False)
         self.student = get_model(self.args.student, 10, self.channels)
+        self.layout = torch.channels_last if self.ours else torch.contiguous_format
         for network in (self.generator, self.teacher, self.student):
-            network.to(self.device)
-            if self.ours:
-                self.runtime.place(network)
+            network.to(self.device, memory_format=self.layout)
         self.folded_teacher = fold_batch_norm(self.teacher) if self.ours else self.teacher
 
 
 class DaflWay(Way):
     """DAFL."""
 
-    def __init__(self, name, args, runtime):
+    def __init__(self, name: str, args: Namespace, runtime: Runtime):
         super().__init__(name, args, runtime, DAFL_train, "--dataset", args.setting)
         self.optimizer_G = make_optimizer("adam", self.generator.parameters(), 1e-3)
         self.optimizer_S = make_optimizer("adam", self.student.parameters(), 1e-3)
-        layout = torch.channels_last if self.ours else torch.contiguous_format
         x = torch.randn(self.batch_size, self.channels, 32, 32, device=self.device)
-        self.x = x.contiguous(memory_format=layout)
+        self.x = x.contiguous(memory_format=self.layout)
 
-    def latents(self):
+    def latents(self) -> Tensor:
         return self.generator.latents(self.batch_size, device=self.device)
 
-    def generator_step(self):
+    def generator_step(self) -> None:
         """Generator and teacher: L_G alone."""
         with self.runtime.autocast():
             t_logits, t_features = self.teacher(self.generator(self.latents()), return_features=True)
         loss = one_hot_loss(t_logits) + 0.1 * activation_loss(t_features) + 5 * information_entropy_loss(t_logits)
-        self.optimizer_G.zero_grad()
-        loss.backward()
-        self.optimizer_G.step()
+        self.step(loss, self.optimizer_G)
 
-    def student_step(self):
+    def student_step(self) -> None:
         """Teacher and student on images that are there: L_KD alone."""
         with self.runtime.autocast():
             with torch.no_grad():
                 t_logits = self.teacher(self.x)
             s_logits = self.student(self.x)
-        loss = kd_loss(s_logits, t_logits)
-        self.optimizer_S.zero_grad()
-        loss.backward()
-        self.optimizer_S.step()
+        self.step(kd_loss(s_logits, t_logits), self.optimizer_S)
 
-    def whole_step(self):
+    def whole_step(self) -> None:
         """An iteration of DAFL_train.py."""
         networks = self.generator, self.teacher, self.student
         optimizers = self.optimizer_G, self.optimizer_S
@@ -148,13 +146,13 @@ class DfadWay(Way):
 
     network = "generator_a"
 
-    def __init__(self, name, args, runtime):
+    def __init__(self, name: str, args: Namespace, runtime: Runtime):
         script = DFAD_mnist if args.setting == "dfad_mnist" else DFAD_cifar
         super().__init__(name, args, runtime, script, "--epoch_itrs", 1)
         self.optimizer_S = make_optimizer("sgd", self.student.parameters(), self.args.lr_S, 5e-4)
         self.optimizer_G = make_optimizer("adam", self.generator.parameters(), self.args.lr_G)
 
-    def iteration(self):
+    def iteration(self) -> None:
         """Five student steps and one of the generator."""
         DFAD_cifar.train_epoch(0, self, self.generator, self.optimizer_S, self.optimizer_G)
 
@@ -172,12 +170,14 @@ class PngPool:
         normalize = transforms.Normalize(transform.mean, transform.std)
         self.transform = transforms.Compose([crop, flip, transforms.ToTensor(), normalize])
 
-    def add(self, images):
+    def add(self, images: Tensor) -> None:
+        """Write images (N, C, H, W) in 0..1."""
         for image in (images.detach().clamp(0, 1) * 255).to(torch.uint8).cpu():
             to_pil_image(image).save(self.folder / f"{self.count}.png")
             self.count += 1
 
-    def sample(self, batch_size, device):
+    def sample(self, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+        """Batches without end."""
         options = dict(shuffle=True, num_workers=4, pin_memory=device.type == "cuda")
         while True:
             for x, _ in DataLoader(ImageFolder(self.temporary.name, self.transform), batch_size, **options):
@@ -189,7 +189,7 @@ class FastWay(Way):
 
     network = "fast"
 
-    def __init__(self, name, args, runtime):
+    def __init__(self, name: str, args: Namespace, runtime: Runtime):
         teacher, student = PAIRS[args.setting]
         flags = ("--dataset", "cifar10", "--method", "fast_meta", "--teacher", teacher, "--student", student)
         steps = ("--g_steps", 2, "--kd_steps", 1, "--synthesis_batch_size", args.batch_size)
@@ -209,12 +209,12 @@ class FastWay(Way):
                 layer.register_forward_pre_hook(lambda layer, x: torch.var_mean(x[0], (0, 2, 3), correction=0) and None)
         self.optimizer = make_optimizer("sgd", self.student.parameters(), 0.1, 1e-4)
 
-    def synthesis_round(self):
+    def synthesis_round(self) -> None:
         """A batch for the pool, as in mid-run: with the adversarial term."""
         self.student.eval().requires_grad_(False)
         self.synthesizer.synthesize(True, self.run.tick)
 
-    def student_step(self):
+    def student_step(self) -> None:
         """A batch from the pool, teacher, student and update."""
         self.student.train().requires_grad_(True)
         datafree_kd.distill([next(self.batches)], self, self.optimizer)
@@ -227,11 +227,15 @@ SETTINGS = {"mnist": DaflWay, "cifar10": DaflWay, "dfad_mnist": DfadWay, "dfad_c
 SETTINGS |= dict.fromkeys(PAIRS, FastWay)
 
 
-def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def seconds_of(function: Callable[[], object], device: torch.device, times: int = 1) -> float:
+    """Seconds of a call, the mean of so many, until the device has done what it was told."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
+    wait(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        function()
+    wait(device)
+    return (time.perf_counter() - start) / times
 
 
 def matmul_peak(runtime: Runtime) -> float:
@@ -239,15 +243,10 @@ def matmul_peak(runtime: Runtime) -> float:
     dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
     size = 2048 if runtime.device.type == "cpu" else 8192
     a, b = torch.randn(2, size, size, device=runtime.device, dtype=dtype)
-    seconds = []
-    for _ in range(20):
-        start = now(runtime.device)
-        a @ b
-        seconds.append(now(runtime.device) - start)
-    return 2 * size**3 / min(seconds)
+    return 2 * size**3 / min(seconds_of(lambda: a @ b, runtime.device) for _ in range(20))
 
 
-def start_process(name: str, args) -> None:
+def start_process(name: str, args: Namespace) -> None:
     """Make the networks of one way, in its own process."""
     global way
     way = SETTINGS[args.setting](name, args, setup(args))
@@ -264,34 +263,39 @@ def measure(kind: str, label: str | None = None, count: int = 1) -> float:
         return counter.get_total_flops()
     if kind == "seconds":
         step(way)
-        start = now(way.device)
-        for _ in range(count):
-            step(way)
-        return (now(way.device) - start) / count
-    if way.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return seconds_of(lambda: step(way), way.device, count)
+    return torch.cuda.max_memory_allocated() if way.device.type == "cuda" else memory_of(resource.RUSAGE_SELF)
 
 
-def main(args):
+def memory_of(who: int) -> int:
+    """The most bytes that this process, or one of its finished children, has had."""
+    return resource.getrusage(who).ru_maxrss * 1024
+
+
+def finish(args: Namespace, runtime: Runtime, **figures: object) -> dict[str, object]:
+    """The figures, with what they were measured on; they go to --json, too."""
+    where = dict(device=device_name(runtime.device), torch=torch.__version__, precision=runtime.precision)
+    if args.json:
+        Path(args.json).write_text(json.dumps(where | figures, indent=1) + "\n")
+    return where | figures
+
+
+def main(args: Namespace) -> dict[str, object]:
     """Measure and print; returns the figures."""
     runtime = setup(args)
     process = {name: ProcessPoolExecutor(1, get_context("spawn"), start_process, (name, args)) for name in WAYS}
 
-    def ask(*question):
+    def ask(*question: object) -> dict[str, float]:
         return {name: process[name].submit(measure, *question).result() for name in WAYS}
 
-    peak = ask("peak")
-    about = dict(device=device_name(runtime.device), torch=torch.__version__, setting=args.setting)
-    about |= dict(batch_size=args.batch_size, precision=runtime.precision, peak_flops=peak)
+    peak, figures = ask("peak"), {}
     print(
-        f"{about['device']}, torch {torch.__version__}; {args.setting}, batch {args.batch_size}; ours in "
+        f"{device_name(runtime.device)}, torch {torch.__version__}; {args.setting}, batch {args.batch_size}; ours in "
         f"{runtime.precision}; matrix products reach {peak['published'] / 1e9:.0f} GFLOP/s in the published way's "
         f"precision, {peak['ours'] / 1e9:.0f} in ours\n"
         f"{'':20} {'images/s':^21} {'':20} {'share of the peak':^21}\n"
         f"{'':20} {'published':>10} {'ours':>10} {'ratio (min-max)':>20} {'published':>10} {'ours':>10}"
     )
-    figures = {}
     for label in SETTINGS[args.setting].steps:
         work, question = ask("work", label), ("seconds", label, 1 if "round" in label else args.steps)
         for _ in range(2):  # the first blocks do not count
@@ -310,10 +314,8 @@ def main(args):
     for executor in process.values():
         executor.shutdown()
     print("peak memory: " + ", ".join(f"{n} {m / 2**30:.2f} GiB" for n, m in memory.items()))
-    result = about | {"peak_memory": memory, "steps": figures}
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    facts = dict(setting=args.setting, batch_size=args.batch_size, peak_flops=peak, peak_memory=memory)
+    return finish(args, runtime, **facts, steps=figures)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,20 @@
     python bench_scan.py --images 1000000 --json scan.json
     python bench_scan.py --teacher resnet34       # the teacher of DFND's table
 
-Writes that many 32x32 JPEG files, 200 different ones over and over, into a zip in the system's
-folder for temporary files (1.2 GB for a million), lists and scans it as DFND_train.py does, and
-removes it. Peak memory is the main process's and the largest worker's; each of these counts the
-libraries that they share.
+Writes that many 32x32 JPEG files, 200 different ones over and over, into a zip in the system's folder for temporary
+files (1.2 GB for a million), lists and scans it as DFND_train.py does, and removes it. Peak memory is the main
+process's and the largest worker's; each of these counts the libraries that they share.
 """
 
+import datafree.interrupt  # noqa: F401
+
 import io
-import json
 import resource
 import tempfile
 import time
 import zipfile
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,21 +25,22 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 import DFND_train
+from bench import FLAGS, finish, memory_of
 from data import SOURCES, get_wild
 from datafree.augment import Transform
-from datafree.cli import DEVICE, Parser, cli, count
+from datafree.cli import Parser, cli, count
 from datafree.fold import fold_batch_norm
 from datafree.runtime import device_name, setup
 from models import MODELS, get_model
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """The command line."""
     p = Parser(__file__, __doc__)
     p.add_argument("--images", type=count, default=100_000, help="(default: %(default)s)")
     text = f"one of {', '.join(sorted(MODELS))} (default: %(default)s)"
     p.add_argument("--teacher", choices=sorted(MODELS), default="lenet5", metavar="NAME", help=text)
-    p.add_argument("--json", metavar="FILE", help="write the figures there too")
-    p.add(*DEVICE)
+    p.add(*FLAGS)
     return p.parse_args(argv)
 
 
@@ -54,13 +57,7 @@ def write_thumbnails(path: Path, n: int, different: int = 200) -> None:
             archive.writestr(f"wild/{i:08}.jpg", files[i % different])
 
 
-def peak_memory() -> dict[str, int]:
-    """Bytes: the main process's, and the largest finished worker's."""
-    whose = {"main": resource.RUSAGE_SELF, "worker": resource.RUSAGE_CHILDREN}
-    return {name: resource.getrusage(who).ru_maxrss * 1024 for name, who in whose.items()}
-
-
-def main(args):
+def main(args: Namespace) -> dict[str, object]:
     """Measure and print; returns the figures."""
     runtime = setup(args)
     source = SOURCES["mnist" if args.teacher.startswith("lenet5") else "cifar10"]
@@ -69,26 +66,22 @@ def main(args):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "wild.zip"
         write_thumbnails(path, args.images)
-        before = peak_memory()["main"]
-        start = time.perf_counter()
+        before, start = memory_of(resource.RUSAGE_SELF), time.perf_counter()
         split, _ = get_wild(str(path), ".", 32, source.channels)
         listed = time.perf_counter() - start
         found = DFND_train.scan(fold_batch_norm(teacher), split, Transform(source.mean, source.std), runtime)
         scanned = time.perf_counter() - start - listed
     if found["broken"]:
         raise RuntimeError(f"{found['broken']} thumbnails could not be read")
-    rate, memory = len(split) / scanned, peak_memory()
-    figures = dict(device=device_name(runtime.device), torch=torch.__version__, teacher=args.teacher)
-    figures |= dict(precision=runtime.precision, images=len(split), seconds_to_list=listed, seconds_to_scan=scanned)
-    figures |= dict(images_per_second=rate, memory_before=before, peak_memory=memory)
-    gib = [f"{x / 2**30:.2f}" for x in (memory["main"], before, memory["worker"])]
+    rate, peak, worker = len(split) / scanned, memory_of(resource.RUSAGE_SELF), memory_of(resource.RUSAGE_CHILDREN)
+    gib = [f"{x / 2**30:.2f}" for x in (peak, before, worker)]
     print(
-        f"{figures['device']}: {len(split):,} images listed in {listed:.1f} s and scanned in {scanned:.0f} s, "
+        f"{device_name(runtime.device)}: {len(split):,} images listed in {listed:.1f} s, scanned in {scanned:.0f} s, "
         f"{rate:,.0f}/s; peak memory {gib[0]} GiB ({gib[1]} before), a worker's {gib[2]}"
     )
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
-    return figures
+    facts = dict(teacher=args.teacher, images=len(split), seconds_to_list=listed, seconds_to_scan=scanned)
+    memory = dict(memory_before=before, peak_memory={"main": peak, "worker": worker})
+    return finish(args, runtime, **facts, images_per_second=rate, **memory)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ seed only are one row: mean and, from two on, standard deviation. Best is the be
 report, last is what one gets; scores are in percent, mIoU too.
 """
 
+import datafree.interrupt  # noqa: F401
+
 import ast
 import csv
 import io
@@ -20,9 +22,12 @@ import re
 import shlex
 import statistics
 import sys
+from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -35,17 +40,15 @@ from datafree.records import read_records
 ROOT = Path(__file__).resolve().parent
 MARKS = "<!-- results -->", "<!-- /results -->"
 COLUMNS = (
-    "cell", "source", "table", "dataset", "method", "teacher", "student", "verdict", "paper", "paper_std", "last",
-    "last_std", "best", "best_std", "standard_error", "mean", "n", "best_minus_paper", "teacher_score",
-    "scratch_score", "minutes", "synthesis_minutes", "precision", "hardware", "differs", "command", "note",
-)  # fmt: skip
-# Column, key of the records and what it is divided by.
-MEASURED = (
-    ("last", "last", 1), ("best", "best", 1), ("standard_error", "standard_error", 1), ("mean", "mean", 1),
-    ("teacher_score", "teacher_accuracy", 1), ("minutes", "seconds", 60),
-    ("synthesis_minutes", "synthesis_seconds", 60),
-)  # fmt: skip
-HEAD = "paper | method | data | verdict | best / published"
+    "cell source table dataset method teacher student verdict paper paper_std last last_std best best_std "
+    "standard_error mean n best_minus_paper teacher_score scratch_score minutes synthesis_minutes precision hardware "
+    "differs command note"
+).split()
+# Column -> key of the records.
+MEASURED = {k: k for k in ("last", "best", "standard_error", "mean")} | dict(
+    teacher_score="teacher_accuracy", minutes="seconds", synthesis_minutes="synthesis_seconds"
+)
+PAGES = sorted({*papers.PAPERS.values()})
 RULE = f"""**reproduced**: the best score of runs with the cell's own flags is at least the published one less
 {papers.MARGIN:g} point; **partly**: there are runs, but shorter or otherwise different ones, or they fall short; **not
 yet**: no run. The number is our best beside the published one, of the run nearest to it."""
@@ -67,6 +70,11 @@ deviation over n runs; s.e. is the standard error that so many test images leave
 epochs. "Differs" names the flags in which runs are not the published one, with the published value in brackets.
 
 {measured}"""
+PAGE_TOP = """# {}: every cell and run
+
+Written by `python compare.py`. Acc(T) is the teacher's score in these runs, Acc(S) the student's when \
+it is trained on the data itself; the rest is as in [RESULTS.md](../RESULTS.md).
+"""
 END = """## Running the others
 
 ```bash
@@ -79,9 +87,8 @@ cp runs/NAME/result.json results/NAME.json && python compare.py       # puts it 
 """
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence | None = None) -> Namespace:
     p = Parser(__file__, __doc__)
-    # fmt: off
     p.add(
         ("--results", "where the records are (default: results/ beside this script)",
          dict(default=str(ROOT / "results"), metavar="DIR")),
@@ -93,28 +100,26 @@ def parse_args(argv=None):
         ("--readme", f"write the verdicts between {' and '.join(MARKS)} of README.md", dict(action="store_true")),
         ("--curves", "draw the scores of these metrics.csv files over the epochs, and nothing else",
          dict(nargs="+", metavar="FILE")),
-    )
-    # fmt: on
+    )  # fmt: skip
     args = p.parse_args(argv)
     if args.curves and not args.out:
         p.error("--curves needs --out FILE.png")
     return args
 
 
-def mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None]:
-    """Mean and standard deviation (None for one value) of those that are there."""
-    values = [v for v in values if v is not None]
-    if not values:
-        return None, None
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+def mean_std(values: Iterable[float]) -> tuple[float | None, float | None]:
+    """Mean (None of nothing) and standard deviation (None of one value)."""
+    values = list(values)
+    return statistics.fmean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None
 
 
 def measured(runs: Sequence[dict]) -> dict:
     """What a row says of runs that differ in their seed only."""
     row = {"n": len(runs), "runs": runs}
-    for name, key, scale in MEASURED:
-        mean, std = mean_std(None if (value := r.get(key)) is None else value / scale for r in runs)
-        row |= {name: mean} | ({f"{name}_std": std} if f"{name}_std" in COLUMNS else {})
+    for name, key in MEASURED.items():
+        scale = 60 if key.endswith("seconds") else 1
+        row[name], std = mean_std(r[key] / scale for r in runs if r.get(key) is not None)
+        row |= {f"{name}_std": std} if f"{name}_std" in COLUMNS else {}
     return row | {key: ", ".join(sorted({r[key] for r in runs})) for key in ("precision", "hardware")}
 
 
@@ -122,23 +127,21 @@ def collect(records: Sequence[dict]) -> tuple[list[dict], list[list[dict]]]:
     """One row (COLUMNS and "runs") for each cell and way of running it; the runs of no cell, other seeds together."""
     rows = []
     for cell in papers.cells():
-        common = dict.fromkeys(COLUMNS) | {
-            "cell": cell.name,
-            **{k: cell.row[k] for k in ("source", "table", "dataset", "method", "teacher", "student")},
-            "verdict": papers.verdict(cell, records) if cell.script else "no command",
-            "paper": cell.row["value"] if cell.value is None else cell.value,
-            "paper_std": float(cell.row["std"]) if cell.row["std"] else None,
-            "command": cell.command, "n": 0, "runs": (), "note": cell.reason,
-        }  # fmt: skip
+        common = dict.fromkeys(COLUMNS) | {k: v for k, v in cell.row.items() if k in COLUMNS} | dict(
+            cell=cell.name, verdict=papers.verdict(cell, records) if cell.script else "no command",
+            paper=cell.row["value"] if cell.value is None else cell.value,
+            paper_std=float(cell.row["std"]) if cell.row["std"] else None,
+            command=cell.command, n=0, runs=(), note=cell.reason,
+        )  # fmt: skip
+        found = papers.runs_of(cell, records)
         scratch = [r for r in records if r["script"].startswith("teacher_train") and r["dataset"] == cell.dataset
                    and r["args"]["model"] == cell.student]  # fmt: skip
         longest = max((r["epochs"] for r in scratch), default=None)
-        common["scratch_score"] = mean_std(r["best"] for r in scratch if r["epochs"] == longest)[0]
-        found = papers.runs_of(cell, records)
+        score, _ = mean_std(r["best"] for r in scratch if r["epochs"] == longest)
         for differs, runs in found.items():
-            row = common | measured(runs) | {"differs": differs}
-            rows.append(row | {"best_minus_paper": None if cell.value is None else row["best"] - cell.value})
-        rows += [] if found else [common | {"scratch_score": None}]
+            row = common | measured(runs) | dict(differs=differs, scratch_score=score)
+            rows.append(row | dict(best_minus_paper=None if cell.value is None else row["best"] - cell.value))
+        rows += [] if found else [common]
     used, others = {r["file"] for row in rows for r in row["runs"]}, {}
     for record in records:
         if record["file"] not in used:
@@ -148,22 +151,65 @@ def collect(records: Sequence[dict]) -> tuple[list[dict], list[list[dict]]]:
 
 
 def figure_of(value: float | str | None, std: float | None = None, digits: int = 2, sign: str = "") -> str:
-    """A number for a table: '97.90 ± 0.20', or nothing."""
-    if value is None:
-        return ""
-    text = value if isinstance(value, str) else f"{value:{sign}.{digits}f}"
+    """A number for a table: '97.90 ± 0.20', or nothing; counts and words as they are."""
+    text = f"{value:{sign}.{digits}f}" if isinstance(value, float) else "" if value is None else str(value)
     return text if std is None else f"{text} ± {std:.{digits}f}"
 
 
-def figures(row: dict, *names: str) -> list[str]:
-    """Columns of a row, each with its standard deviation where it has one."""
-    return [figure_of(row[name], row.get(f"{name}_std")) for name in names]
+def minutes_of(row: Mapping) -> str:
+    """Minutes of a row's runs, those of synthesis in brackets."""
+    synthesis = figure_of(row["synthesis_minutes"], digits=1)
+    return figure_of(row["minutes"], digits=1) + (f" ({synthesis})" if synthesis else "")
 
 
-def table(head: str, lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; `head` has its columns' names with ' | ' between."""
-    rule = "|" + "---|" * (head.count(" | ") + 1)
-    return "\n".join([f"| {head} |", rule, *(f"| {' | '.join(line)} |" for line in lines), ""])
+def teacher_of(record: Mapping) -> str:
+    """The file of a run's teacher, and its recipe."""
+    weights = record.get("teacher_weights")
+    return f"{weights['file']} ({weights.get('recipe') or 'no recipe'})" if weights else ""
+
+
+def precision_of(record: Mapping) -> str:
+    """A run's precision, piece by piece if there are several."""
+    pieces = [f"{p['epochs'][0]}-{p['epochs'][1]} {p['precision']}" for p in record["pieces"] or ()]
+    return ", ".join(pieces) if len(pieces) > 1 else record["precision"]
+
+
+# The tables: heading -> the key of a number (with its deviation in KEY_std) or a text, or what makes one of a row.
+VERDICTS = {k: itemgetter(i) for i, k in enumerate(("paper", "method", "data", "verdict", "best / published"))}
+# fmt: off
+SUMMARY = {
+    "cell": "cell", "data": "dataset", "method": "method",
+    "network": lambda r: r["teacher" if r["method"] == "Teacher" else "student"], "published": "paper", "last": "last",
+    "best": "best", "s.e.": "standard_error", "mean": "mean", "n": "n", "differs": "differs",
+}
+OTHERS = {
+    "method": lambda r: r["runs"][0]["method"], "data": lambda r: r["runs"][0]["dataset"], "last": "last",
+    "best": "best", "s.e.": "standard_error", "n": "n", "Acc(T)": "teacher_score",
+    "command": lambda r: f"`{short_command(r['runs'][0])}`",
+}
+FULL = {
+    "cell": "cell", "data": "dataset", "method": "method", "teacher → student": "{teacher} → {student}".format_map,
+    "verdict": "verdict", "published": "paper", "last": "last", "best": "best", "n": lambda r: str(r["n"] or ""),
+    "best − published": lambda r: figure_of(r["best_minus_paper"], sign="+"), "Acc(T)": "teacher_score",
+    "Acc(S)": "scratch_score", "minutes (synthesis)": minutes_of, "hardware": "hardware",
+    "differs": lambda r: r["differs"] or r["note"],
+    "command": lambda r: f"`{r['command']}`" if r["command"] else "none",
+}
+RUNS = {
+    "run": lambda r: f"[{Path(r['file']).stem}]({r['file']})", "seed": "seed", "epochs": "epochs", "last": "last",
+    "best (epoch)": lambda r: f"{figure_of(r['best'])} ({r['best_epoch']})", "mean": "mean", "variance": "variance",
+    "s.e.": "standard_error", "Acc(T)": lambda r: figure_of(r.get("teacher_accuracy")),
+    "teacher's weights": teacher_of, "precision": precision_of,
+    "minutes": lambda r: figure_of(r["seconds"] / 60, digits=1), "hardware": "hardware", "commit": "commit",
+}
+# fmt: on
+
+
+def table(columns: Mapping[str, str | Callable[[Any], str]], rows: Iterable) -> str:
+    """A Markdown table of rows."""
+    lines = [[c(r) if callable(c) else figure_of(r[c], r.get(f"{c}_std")) for c in columns.values()] for r in rows]
+    rule = "|" + "---|" * len(columns)
+    return "\n".join([f"| {' | '.join(columns)} |", rule, *(f"| {' | '.join(line)} |" for line in lines), ""])
 
 
 def coverage(rows: Sequence[dict]) -> str:
@@ -171,7 +217,7 @@ def coverage(rows: Sequence[dict]) -> str:
     return f"{len({r['cell'] for r in rows if r['n']})} of {len({r['cell'] for r in rows})} published cells"
 
 
-def short_command(record: dict) -> str:
+def short_command(record: Mapping) -> str:
     """A run's command without the flags that do not matter, and the seed."""
     kept, keep = [], True
     for word in shlex.split(record["command"]):
@@ -196,40 +242,24 @@ def verdicts(rows: Sequence[dict]) -> list[tuple[str, ...]]:
             number = f"{figure_of(row['best'], row['best_std'])} / {figure_of(row['paper'])}"
             number += f"; differs: {row['differs']}" if row["differs"] else ""
             number += f"; {sum(r['n'] > 0 for r in cells.values())} of {len(cells)} pairs run" if len(cells) > 1 else ""
-        key = (source, method, verdict, number if not row["n"] else dataset)
-        lines.setdefault(key, ([], number))[0].append(dataset)
-    return [(source, method, ", ".join(datasets), verdict, number)
-            for (source, method, verdict, _), (datasets, number) in lines.items()]  # fmt: skip
+        lines.setdefault((source, method, verdict, number, dataset if row["n"] else ""), []).append(dataset)
+    return [(*key[:2], ", ".join(datasets), *key[2:4]) for key, datasets in lines.items()]
 
 
 def markdown(rows: Sequence[dict], others: Sequence[Sequence[dict]]) -> str:
     """RESULTS.md as text."""
-    head = "cell | data | method | network | published | last | best | s.e. | mean | n | differs"
-    lines = table(head, [[
-        r["cell"], r["dataset"], r["method"], r["teacher" if r["method"] == "Teacher" else "student"],
-        *figures(r, "paper", "last", "best", "standard_error", "mean"), str(r["n"]), r["differs"],
-    ] for r in rows if r["n"]])  # fmt: skip
-    pages = ", ".join(f"[{p}](results/{p}.md)" for p in sorted({*papers.PAPERS.values()}))
-    text = TOP.format(coverage=coverage(rows), pages=pages, rule=RULE, verdicts=table(HEAD, verdicts(rows)),
-                      measured=lines)  # fmt: skip
-    return "\n".join([text, *([f"## Runs of no published cell\n\n{other_runs(others)}"] if others else []), END])
-
-
-def other_runs(others: Sequence[Sequence[dict]]) -> str:
-    lines = [[runs[0]["method"], runs[0]["dataset"], *figures(row, "last", "best", "standard_error"), str(row["n"]),
-              *figures(row, "teacher_score"), f"`{short_command(runs[0])}`"]
-             for runs in others for row in [measured(runs)]]  # fmt: skip
-    return table("method | data | last | best | s.e. | n | Acc(T) | command", lines)
+    pages, summary = ", ".join(f"[{p}](results/{p}.md)" for p in PAGES), table(VERDICTS, verdicts(rows))
+    lines = table(SUMMARY, [r for r in rows if r["n"]])
+    text = TOP.format(coverage=coverage(rows), pages=pages, rule=RULE, verdicts=summary, measured=lines)
+    rest = f"## Runs of no published cell\n\n{table(OTHERS, map(measured, others))}"
+    return "\n".join([text, *([rest] if others else []), END])
 
 
 def homes() -> dict[str, str]:
     """Script -> the paper whose page has its deviations: the one of its name, else the one with most of its cells."""
-    counts = {}
-    for cell in papers.cells():
-        if cell.script:
-            own = cell.script.lower().startswith(cell.paper)
-            counts.setdefault(cell.script, Counter())[cell.paper] += 1000 if own else 1
-    return {script: counter.most_common(1)[0][0] for script, counter in counts.items()}
+    count = Counter((cell.script, cell.paper) for cell in papers.cells() if cell.script)
+    ranked = sorted(count, key=lambda pair: (pair[0].lower().startswith(pair[1]), count[pair]))
+    return dict(ranked)  # of a script's papers the last stays
 
 
 def deviations(script: str) -> str:
@@ -250,13 +280,11 @@ def page(paper: str, rows: Sequence[dict], others: Sequence[Sequence[dict]]) -> 
     own = [r for r in rows if papers.PAPERS[r["source"]] == paper]
     for row in own:
         tables.setdefault((row["source"], row["table"]), []).append(row)
-    parts = [f"# {', '.join(dict.fromkeys(r['source'] for r in own))}: every cell and run\n",
-             "Written by `python compare.py`. Acc(T) is the teacher's score in these runs, Acc(S) the student's when "
-             "it is trained on the data itself; the rest is as in [RESULTS.md](../RESULTS.md).\n",
-             *(f"## {source}, {name}\n\n{full_table(part)}" for (source, name), part in tables.items())]  # fmt: skip
+    parts = [PAGE_TOP.format(", ".join(dict.fromkeys(r["source"] for r in own)))]
+    parts += [f"## {source}, {name}\n\n{table(FULL, part)}" for (source, name), part in tables.items()]
     runs = [r for row in own for r in row["runs"]] + [r for runs in others for r in runs if home[r["script"]] == paper]
     if runs:
-        parts.append(f"## Runs\n\n{run_table({r['file']: r for r in runs}.values())}")
+        parts.append(f"## Runs\n\n{table(RUNS, {r['file']: r for r in runs}.values())}")
     scripts = [s for s in dict.fromkeys(r["command"].split()[1] for r in own if r["command"]) if deviations(s)]
     told = [deviations(script) for script in scripts if home[script] == paper]
     parts += ["## Deviations\n", *told] if told else []
@@ -264,39 +292,8 @@ def page(paper: str, rows: Sequence[dict], others: Sequence[Sequence[dict]]) -> 
     return "\n".join([*parts, f"Told elsewhere: {away}.\n"] if away else parts)
 
 
-def full_table(rows: Sequence[dict]) -> str:
-    lines = []
-    for r in rows:
-        minutes = figure_of(r["minutes"], digits=1)
-        minutes += f" ({figure_of(r['synthesis_minutes'], digits=1)})" if r["synthesis_minutes"] is not None else ""
-        lines.append([
-            r["cell"], r["dataset"], r["method"], f"{r['teacher']} → {r['student']}", r["verdict"],
-            *figures(r, "paper", "last", "best"), str(r["n"] or ""), figure_of(r["best_minus_paper"], sign="+"),
-            *figures(r, "teacher_score", "scratch_score"), minutes, r["hardware"] or "",
-            r["differs"] or r["note"] or "", f"`{r['command']}`" if r["command"] else "none",
-        ])  # fmt: skip
-    head = "cell | data | method | teacher → student | verdict | published | last | best | n | best − published"
-    return table(f"{head} | Acc(T) | Acc(S) | minutes (synthesis) | hardware | differs | command", lines)
-
-
-def run_table(runs: Iterable[dict]) -> str:
-    lines = []
-    for r in runs:
-        teacher = r.get("teacher_weights") or {}
-        made = [f"{p['epochs'][0]}-{p['epochs'][1]} {p['precision']}" for p in r["pieces"] or ()]
-        lines.append([
-            f"[{Path(r['file']).stem}]({r['file']})", str(r["seed"]), str(r["epochs"]), figure_of(r["last"]),
-            f"{figure_of(r['best'])} ({r['best_epoch']})", *figures(r, "mean", "variance", "standard_error"),
-            figure_of(r.get("teacher_accuracy")),
-            f"{teacher['file']} ({teacher.get('recipe') or 'no recipe'})" if teacher else "",
-            ", ".join(made) if len(made) > 1 else r["precision"], figure_of(r["seconds"] / 60, digits=1),
-            r["hardware"], r["commit"],
-        ])  # fmt: skip
-    head = "run | seed | epochs | last | best (epoch) | mean | variance | s.e. | Acc(T) | teacher's weights"
-    return table(f"{head} | precision | minutes | hardware | commit", lines)
-
-
-def as_csv(rows: Sequence[dict]) -> str:
+def as_csv(rows: Iterable[Mapping]) -> str:
+    """COLUMNS of the rows, as text."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -308,7 +305,7 @@ def pages(records: Sequence[dict]) -> dict[str, str]:
     """File, from RESULTS.md's folder, -> its text: all that `python compare.py` writes but the plots."""
     rows, others = collect(records)
     made = {"RESULTS.md": markdown(rows, others), "results/results.csv": as_csv(rows)}
-    return made | {f"results/{p}.md": page(p, rows, others) for p in sorted({*papers.PAPERS.values()})}
+    return made | {f"results/{p}.md": page(p, rows, others) for p in PAGES}
 
 
 def with_verdicts(readme: str, rows: Sequence[dict]) -> str:
@@ -318,27 +315,27 @@ def with_verdicts(readme: str, rows: Sequence[dict]) -> str:
         UsageError: the marks are not in it.
     """
     first, last = MARKS
-    if not re.search(f"{first}.*{last}", readme, re.S):
+    if not (found := re.search(f"{first}.*?{last}", readme, re.S)):
         raise UsageError(f"README.md lacks the marks {first} and {last}: put them where the verdicts belong")
     known = {(r["source"], r["method"], r["dataset"]) for r in rows if r["n"]}
-    lines = table(HEAD, [line for line in verdicts(rows) if line[:3] in known])
+    lines = table(VERDICTS, [line for line in verdicts(rows) if line[:3] in known])
     text = f"{first}\n{RULE}\n\n{lines}\n{coverage(rows)} have a run; [RESULTS.md](RESULTS.md) has them all.\n{last}"
-    return readme[: readme.index(first)] + text + readme[readme.index(last) + len(last) :]
+    return readme[: found.start()] + text + readme[found.end() :]
 
 
 def plot_synthesis(rows: Sequence[dict], folder: Path) -> None:
     """Accuracy against synthesis time, a picture per table of Fast-Datafree's: published hollow, ours full."""
-    hours = {cell.name: cell.row["synthesis_hours"] for cell in papers.cells()}
+    hours = {cell.name: float(cell.row["synthesis_hours"]) for cell in papers.cells() if cell.row["synthesis_hours"]}
     folder.mkdir(parents=True, exist_ok=True)
     for dataset in ("CIFAR-10", "CIFAR-100"):
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         label = f"{dataset}: test accuracy (%), WRN40-2 to WRN16-1"
         axes = figure.add_subplot(xscale="log", xlabel="hours of synthesis", ylabel=label)
-        found = [r for r in rows if r["dataset"] == dataset and r["student"] == "WRN16-1" and hours[r["cell"]]]
+        found = [r for r in rows if r["dataset"] == dataset and r["student"] == "WRN16-1" and r["cell"] in hours]
         for i, method in enumerate(dict.fromkeys(r["method"] for r in found)):
             own = [r for r in found if r["method"] == method]
             point = dict(color=f"C{i}", marker="o", linestyle="none")
-            axes.plot(float(hours[own[0]["cell"]]), own[0]["paper"], **point, fillstyle="none", label=method)
+            axes.plot(hours[own[0]["cell"]], own[0]["paper"], **point, fillstyle="none", label=method)
             run = [r for r in own if r["synthesis_minutes"]]
             axes.plot([r["synthesis_minutes"] / 60 for r in run], [r["best"] for r in run], **point)
         axes.plot([], [], "ko", fillstyle="none", label="published")
@@ -353,15 +350,14 @@ def curves(files: Sequence[Path], out: str) -> None:
     for path in files:
         if not path.is_file():
             raise UsageError(f"{path} does not exist: name the metrics.csv of a run")
-    with files[0].open() as file:
-        columns = file.readline().strip().split(",")
+    columns = files[0].read_text().partition("\n")[0].split(",")
     column = next((name for name in ("mIoU", "agreement") if name in columns), "accuracy")
     labels = [f.parent.name if f.name == "metrics.csv" else f.name.removesuffix(".metrics.csv") for f in files]
     plot_accuracy(out, dict(zip(labels, files, strict=True)), column, over="epoch")
     print(out)
 
 
-def main(args):
+def main(args: Namespace) -> list[dict] | None:
     """Write or print the comparison; returns its rows."""
     if args.curves:
         return curves([Path(path) for path in args.curves], args.out)
@@ -387,11 +383,10 @@ def main(args):
         plot_synthesis(rows, top.parent / "results" / "plots")
         print(f"{len({r['cell'] for r in rows if r['n']})} cells with runs, {len(others)} kinds of other runs: {top}")
         return rows
-    cells = [{k: row[k] for k in COLUMNS} for row in rows]
-    told = {"cells": cells, "others": [r["file"] for runs in others for r in runs]}
-    made = {"md": lambda: full_table(rows), "csv": lambda: as_csv(rows),
-            "json": lambda: json.dumps(told, indent=1) + "\n"}  # fmt: skip
-    text = made[args.format]()
+    text = table(FULL, rows) if args.format == "md" else as_csv(rows)
+    if args.format == "json":
+        told = [{k: row[k] for k in COLUMNS} for row in rows]
+        text = json.dumps({"cells": told, "others": [r["file"] for runs in others for r in runs]}, indent=1) + "\n"
     if args.out:
         Path(args.out).write_text(text)
     else:

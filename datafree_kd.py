@@ -47,8 +47,9 @@ Differences from the published code (--as_published brings 1 to 4 back):
     leaves its term out, a round without any makes nothing; a full memory bank forgets its oldest rows.
 """
 
+import datafree.interrupt  # noqa: F401
+
 import argparse
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -190,12 +191,7 @@ def distill(batches: Iterable[Tensor], s: Session, optimizer: Optimizer) -> Tens
             with torch.no_grad():
                 t_logits = s.folded_teacher(x)  # the synthesizer's own shows what enters its BatchNorms
             s_logits = s.student(x)
-        loss = CRITERIA[args.criterion](s_logits, t_logits, args.T)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total += loss.detach()
-        s.run.tick(loss.detach())
+        total += s.step(CRITERIA[args.criterion](s_logits, t_logits, args.T), optimizer)
     return total / args.kd_steps
 
 
@@ -205,8 +201,8 @@ def main(args):
     if s.result:
         if args.export_images and not args.evaluate_only:
             folder = run_folder(args)
-            card = checkpoint.read(folder / "best.pt")["card"]
-            pool = ImagePool((card["channels"], *[card["img_size"]] * 2), "cpu", folder / "pool.u8")
+            known = checkpoint.metadata_of(checkpoint.read(folder / "best.pt"), folder / "best.pt")
+            pool = ImagePool((known["channels"], *[known["img_size"]] * 2), "cpu", folder / "pool.u8")
             pool.load_state_dict({"images": s.result["generated_images"]})
             print(f"images: {pool.export(args.export_images, args.save_dir or folder / 'images')}")
         return s.result
@@ -215,7 +211,7 @@ def main(args):
     generator = s.generator(args.generator, args.nz, ngf=args.ngf) if args.generator else None
     inverted = read_inverted(args.cmi_init, shape) if args.cmi_init else None
     if args.save_dir:
-        check_writable(args.save_dir)
+        checkpoint.check_writable(args.save_dir, "--save_dir")
     family, rounds = METHODS[args.method].family, args.ep_steps // args.kd_steps
     pool = None
     if family.pooled:
@@ -287,16 +283,6 @@ def read_inverted(path: str, shape: tuple[int, int, int]) -> Tensor:
     if images.dtype != torch.uint8 or images.shape[1:] != shape:
         raise UsageError(f"{path} holds {images.dtype} images of shape {tuple(images.shape[1:])}, not uint8 of {shape}")
     return images
-
-
-def check_writable(folder: str) -> None:
-    """Make the folder if it is missing. Raises UsageError if it cannot be written to."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder} ({error.strerror}): choose another --save_dir") from error
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ Differences from the published code:
  6. The test is on whole central squares, not on the central 7/8 of them.
 """
 
+import datafree.interrupt  # noqa: F401
+
 import papers
 from datafree.cli import PICTURES, Parser, cli, describe_presets, number
 from datafree.errors import UsageError
@@ -130,7 +132,7 @@ def first_phase(s: Session, synthesizer: FastLatents, timer: Stopwatch, done: in
     for made in range(done + 1, s.args.phase1_rounds + 1):
         losses = make_images(s, synthesizer, False, timer)
         if made % SAVE_ROUNDS == 0:
-            s.run.save_first(losses, s.student, s.card)
+            s.run.save_first(losses, s.student, s.metadata)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ command is a script and flags; the script's parser turns them into the run's nam
 cells, `compare.py` puts the records of runs beside them, and the scripts print what is published for a run.
 """
 
-import argparse
 import csv
 import difflib
 import functools
 import importlib
 import json
 import shlex
+from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ WITHOUT = {
     "(row describes another algorithm, WSLD)": "not data-free: another algorithm's row",
     **{f"NAYER-{n}": NAYER for n in (100, 200, 300)}, **{f"Fast (FM-{n})": UNKNOWN for n in (100, 200, 300)},
 }  # fmt: skip
-# What makes a run a run of a cell; other flags differ and are named beside its score.
+# What makes a run a run of a cell, whatever its name and length; other flags differ and are named beside its score.
 IDENTITY = ("script", "dataset", "model", "recipe", "pretrained", "teacher", "student", "teacher_recipe", "method",
             "is_maml", "variant", "transfer_set", "scratch", "alpha", "beta", "selection")  # fmt: skip
 
@@ -107,26 +108,22 @@ class Cell:
     @functools.cached_property
     def args(self) -> dict:
         """The parsed flags of the command, as a record has them."""
-        return json.loads(json.dumps(vars(parse(self.script, self.flags)), default=str))
+        return _as_recorded(parse(self.script, self.flags))
 
     @property
-    def _identity(self) -> list[str]:
+    def _identity(self) -> tuple[str, ...]:
         # Fast-2, -5 and -10 are told apart by their steps alone.
-        return [*IDENTITY, "g_steps"] if self.args.get("method") == "fast_meta" else [*IDENTITY]
+        return (*IDENTITY, "g_steps") if self.args.get("method") == "fast_meta" else IDENTITY
 
     def made(self, flags: Mapping) -> bool:
         """Whether a run with these flags is one of this cell: of its script, networks and method, of any length."""
-        return bool(self.script) and all(
-            flags[k] == self.args[k] for k in self._identity if k in flags and k in self.args
-        )
+        return bool(self.script) and all(flags.get(k, v) == v for k, v in self.args.items() if k in self._identity)
 
     def differences(self, flags: Mapping) -> str:
         """The flags in which a run of this cell is not the published one, with the published value in brackets."""
-        told = []
-        for key, wanted in self.args.items():
-            if key in FREE or key in self._identity or key == "seed" or key not in flags or flags[key] == wanted:
-                continue
-            got, wanted = _text(flags[key]), _text(wanted)
+        told, same = [], {"seed", *FREE, *self._identity}
+        for key in (k for k, wanted in self.args.items() if k not in same and flags.get(k, wanted) != wanted):
+            got, wanted = _text(flags[key]), _text(self.args[key])
             if key != "precision":
                 told.append(f"--{key} {got} ({wanted})")
             elif wanted != "auto" or " then " in got:
@@ -142,7 +139,11 @@ def _text(value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def parse(script: str, flags: Sequence[str]) -> argparse.Namespace:
+def _as_recorded(args: Namespace) -> dict:
+    return json.loads(json.dumps(vars(args), default=str))
+
+
+def parse(script: str, flags: Sequence[str]) -> Namespace:
     """What a script's own parser makes of the flags."""
     return importlib.import_module(script.removesuffix(".py")).parse_args(list(flags))
 
@@ -150,13 +151,11 @@ def parse(script: str, flags: Sequence[str]) -> argparse.Namespace:
 @functools.cache
 def cells() -> tuple[Cell, ...]:
     """All cells, in the order of paper_tables.csv."""
+    found, count = [], Counter()
     with TABLES.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    found, numbers = [], {}
-    for row in rows:
-        paper = PAPERS[row["source"]]
-        numbers[paper] = numbers.get(paper, 0) + 1
-        found.append(_cell(f"{paper}-{numbers[paper]:02}", row, paper))
+        for row in csv.DictReader(file):
+            count[paper := PAPERS[row["source"]]] += 1
+            found.append(_cell(f"{paper}-{count[paper]:02}", row, paper))
     return tuple(found)
 
 
@@ -166,23 +165,23 @@ def _cell(name: str, row: Mapping[str, str], paper: str) -> Cell:
     teacher, student = (NETWORKS[row[role]] for role in ("teacher", "student"))
     if row["dataset"] in ("Caltech101", "ImageNet"):
         teacher, student = (n + "_imagenet" * n.startswith("resnet") for n in (teacher, student))
-    cell = functools.partial(Cell, name, row, dataset, teacher, student)
-    segmentation = dataset in SEGMENTATIONS
-    if method in WITHOUT:
-        return cell(reason=WITHOUT[method])
-    if segmentation and method == "DAFL":
-        return cell(reason="the paper gives no setting of DAFL for segmentation")
-    recipe = None if segmentation else recipe_for(TEACHERS_OF.get(paper, paper), dataset)
-    training = [f"teacher_train{'_seg' * segmentation}.py", "--dataset", dataset, "--model", teacher]
+    cell, segmentation = functools.partial(Cell, name, row, dataset, teacher, student), dataset in SEGMENTATIONS
+    if method in WITHOUT or segmentation and method == "DAFL":
+        return cell(reason=WITHOUT.get(method, "the paper gives no setting of DAFL for segmentation"))
+    recipe = recipe_for(TEACHERS_OF.get(paper, paper), dataset)
+    trainer, data = f"teacher_train{'_seg' * segmentation}.py", ("--dataset", dataset)
     if method == "Teacher" or method in SCRATCH:
-        training[4] = teacher if method == "Teacher" else student
-        trained = "imagenet" if recipe == "torchvision" else recipe
-        return cell(training[0], (*training[1:], *(["--recipe", trained] if trained else [])))
-    training += ["--pretrained"] if recipe == "torchvision" else ["--recipe", recipe] if recipe else []
+        made_by = _flag("--recipe", "imagenet" if recipe == "torchvision" else recipe)
+        return cell(trainer, (*data, "--model", teacher if method == "Teacher" else student, *made_by))
+    made_by = ("--pretrained",) if recipe == "torchvision" else _flag("--recipe", recipe)
     script, *more = _command(paper, dataset, method).split()
-    flags = [] if script in OF_ONE else ["--dataset", dataset]
-    flags += ["--teacher", teacher, "--student", student, *(["--teacher_recipe", recipe] if recipe else []), *more]
-    return cell(f"{script}.py", tuple(flags), tuple(training))
+    flags = () if script in OF_ONE else data
+    flags += ("--teacher", teacher, "--student", student, *_flag("--teacher_recipe", recipe), *more)
+    return cell(f"{script}.py", flags, (trainer, *data, "--model", teacher, *made_by))
+
+
+def _flag(name: str, value: str | None) -> tuple[str, ...]:
+    return (name, value) if value else ()
 
 
 def _command(paper: str, dataset: str, method: str) -> str:
@@ -270,9 +269,9 @@ def verdict(cell: Cell, records: Iterable[Mapping], margin: float = MARGIN) -> s
     return "reproduced" if best and cell.value and sum(best) / len(best) >= cell.value - margin else "partly"
 
 
-def published(args: argparse.Namespace) -> list[dict]:
+def published(args: Namespace) -> list[dict]:
     """The cells that a script's run with these flags is one of, and the flags in which it differs from them."""
-    flags = json.loads(json.dumps(vars(args), default=str))
+    flags = _as_recorded(args)
     near = [c for c in cells() if c.script == flags["script"] and c.dataset == flags["dataset"]]
     return [{"cell": c.name, **{k: c.row[k] for k in ("source", "table", "method")}, "value": c.value,
              "differs": c.differences(flags)} for c in near if c.made(flags)]  # fmt: skip

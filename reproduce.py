@@ -17,6 +17,8 @@ resumed, finished ones are left alone. Data sets, transfer and wild sets are loo
 `compare.py` puts what came out beside the published values.
 """
 
+import datafree.interrupt  # noqa: F401
+
 import shlex
 import subprocess
 import sys
@@ -33,12 +35,12 @@ from datafree.teachers import SHIPPED, teacher_file
 
 HERE = Path(__file__).resolve().parent
 FLAG = dict(action="store_true")
+SHARED = dict(data_root="./datasets", checkpoints="./checkpoints", out="./runs", device=None, gpu=None)
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence | None = None) -> Namespace:
     p = Parser(__file__, __doc__)
     p.usage = "%(prog)s [CELL ...] [--select KEY=VALUE ...] [options] [flags of the cells' scripts]"
-    # fmt: off
     p.add(
         ("--select", "the cells with this paper, dataset, teacher, student or method, as the tables or the registry "
          "call them; commas between values", dict(nargs="+", metavar="KEY=VALUE")),
@@ -53,13 +55,11 @@ def parse_args(argv=None):
          dict(type=positive, metavar="MINUTES")),
         ("--results", "where the records are, beside those in --out (default: results/ beside this script)",
          FOLDER | dict(default=str(HERE / "results"))),
-    )
-    # fmt: on
+    )  # fmt: skip
     group = p.add_argument_group("for all commands, the teachers' included")
-    for flag, default in (("data_root", "./datasets"), ("checkpoints", "./checkpoints"), ("out", "./runs")):
-        group.add_argument(f"--{flag}", help="(default: %(default)s)", **FOLDER | dict(default=default))
-    for flag in ("device", "gpu"):
-        group.add_argument(f"--{flag}", metavar="X", help="as the scripts have it")
+    for flag, default in SHARED.items():
+        text = "(default: %(default)s)" if default else "as the scripts have it"
+        group.add_argument(f"--{flag}", help=text, default=default, metavar="DIR" if default else "X")
     args, rest = p.parse_known_args(argv)
     # Cells come first; what follows the first unknown flag is the scripts'.
     first = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
@@ -91,10 +91,9 @@ def show(cells: Sequence[papers.Cell], records: Sequence[dict]) -> None:
         row = cell.row
         if heading != (heading := f"{row['source']}, {row['table']}"):
             print(f"\n# {heading}")
-        n = sum(map(len, papers.runs_of(cell, records).values()))
-        name, runs = f"{cell.name:11}{row['value']:>7}", f"{n} runs" if n else ""
-        print(f"{name}  {runs:7} {cell.dataset:10} {row['method'][:34]:34} {cell.teacher} -> {cell.student}:  "
-              f"{cell.command or 'none: ' + cell.reason}")  # fmt: skip
+        n, command = sum(map(len, papers.runs_of(cell, records).values())), cell.command or f"none: {cell.reason}"
+        name = f"{cell.name:11}{row['value']:>7}  {f'{n} runs' if n else '':7} {cell.dataset:10}"
+        print(f"{name} {row['method'][:34]:34} {cell.teacher} -> {cell.student}:  {command}")
 
 
 def check(cell: papers.Cell, records: Sequence[dict], margin: float) -> bool:
@@ -111,8 +110,7 @@ def check(cell: papers.Cell, records: Sequence[dict], margin: float) -> bool:
 
 def commands(cell: papers.Cell, args: Namespace) -> list[list[str]]:
     """The scripts and flags that are to be run: the teacher's, if its file is missing, and the cell's, seed by seed."""
-    shared = [word for flag in ("data_root", "checkpoints", "out", "device", "gpu") if (value := getattr(args, flag))
-              for word in (f"--{flag}", value)]  # fmt: skip
+    shared = [word for flag in SHARED if (value := getattr(args, flag)) for word in (f"--{flag}", value)]
     flags = [*cell.flags, *args.flags]
     own = papers.parse(cell.script, flags)  # a wrong flag ends it here, before hours of work
     if own.dataset not in (cell.dataset, "none"):
@@ -130,18 +128,16 @@ def commands(cell: papers.Cell, args: Namespace) -> list[list[str]]:
 
 def run(command: Sequence[str], time_limit: float | None) -> None:
     """Run a script; its exit code, unless 0, is ours."""
-    limit = []
     if time_limit:
         left = time_limit - (time.monotonic() - STARTED) / 60
         if left <= 0:
             raise TimeLimit("time limit: the same command goes on")
-        limit = ["--time_limit", f"{left:.2f}"]
-    code = subprocess.run([sys.executable, HERE / command[0], *command[1:], *limit]).returncode
-    if code:
+        command = [*command, "--time_limit", f"{left:.2f}"]
+    if code := subprocess.run([sys.executable, HERE / command[0], *command[1:]]).returncode:
         sys.exit(code)
 
 
-def main(args):
+def main(args: Namespace) -> list[list[str]] | None:
     """List, check, show or run; returns the commands that were, or would be, run."""
     cells = chosen(args)
     if args.list or args.missing or args.check:
@@ -150,13 +146,12 @@ def main(args):
             reached = [check(cell, records, args.margin) for cell in cells]
             return [] if all(reached) else sys.exit(1)
         return show([c for c in cells if args.list or (c.script and not papers.runs_of(c, records))], records)
-    every = [tuple(command) for cell in cells for command in commands(cell, args)]
-    every = [list(command) for command in dict.fromkeys(every)]  # one teacher serves several cells
-    for command in every:
+    every = {shlex.join(command): command for cell in cells for command in commands(cell, args)}
+    for command in every.values():  # one teacher serves several cells
         print(shlex.join(["python", *command]), flush=True)
         if not args.dry_run:
             run(command, args.time_limit)
-    return every
+    return [*every.values()]
 
 
 if __name__ == "__main__":

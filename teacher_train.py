@@ -23,6 +23,8 @@ published; with it users reach 92 to 94 % on CIFAR-10 instead of the table's 94.
 and --weight_decay 5e-4 closes most of the gap.
 """
 
+import datafree.interrupt  # noqa: F401
+
 import argparse
 from collections.abc import Iterable
 
@@ -86,12 +88,7 @@ def train_epoch(s: Session, optimizer: Optimizer, batches: Iterable) -> dict[str
     for x, y in batches:
         with s.runtime.autocast():
             logits = s.student(s.transform(x, train=True))
-        loss = F.cross_entropy(logits.float(), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total += loss.detach()
-        s.run.tick(loss.detach())
+        total += s.step(F.cross_entropy(logits.float(), y), optimizer)
     return {"loss": total / len(batches)}
 
 
@@ -103,7 +100,7 @@ def main(args):
         if not args.evaluate_only and not target.exists():
             print(save_teacher(run_folder(args) / "best.pt", target))
         return s.result
-    s.card["recipe"] = args.recipe
+    s.metadata["recipe"] = args.recipe
     if args.pretrained:
         checkpoint.load_weights(s.student, fetch(args.model), f"torchvision's {PRETRAINED[args.model]}", args.model)
         batches, images = (), "pretrained"
@@ -111,6 +108,7 @@ def main(args):
         one_left = len(s.data.train) % args.batch_size == 1  # would stop BatchNorm on a 1x1 map
         batches = s.data.train.batches(args.batch_size, shuffle=True, device=s.runtime.device, drop_last=one_left)
         images = f"recipe {args.recipe}, {len(s.data.train)} training images"
+    checkpoint.check_writable(target.parent, "--checkpoints")
     optimizer = make_optimizer(args.optimizer, s.student.parameters(), args.lr, args.weight_decay)
     s.start(student=s.student, optimizer=optimizer)
     s.run.log(f"{args.model} on {s.data.name}: {images}; {s.runtime.precision} on {s.runtime.device}")

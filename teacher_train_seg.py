@@ -4,21 +4,22 @@
     python teacher_train_seg.py --dataset nyuv2
     python teacher_train_seg.py --dataset camvid --model deeplabv3_mobilenet --backbone_weights none
 
-Random crops of 128 pixels, mirrored at random, of images with a short side of 256; the test is on
-whole images. The loss is the focal one, as published: mean over all pixels, void ones included
-with 0, of (1 - exp(-c))^2 c with c the cross-entropy of a pixel. The best weights (by mIoU on the
-test images, as in the paper) go to checkpoints/<dataset>-<model>.pt.
+Random crops of 128 pixels, mirrored at random, of images with a short side of 256; the test is on whole images. The
+loss is the focal one, as published. The best weights (by mIoU on the test images, as in the paper) go to
+checkpoints/<dataset>-<model>.pt.
 
 Published settings:
 {presets}
-The published backbone starts from ImageNet's weights: they are downloaded for ResNet-50 or read
-from --backbone_weights.
+The published backbone starts from ImageNet's weights: downloaded for ResNet-50, or read from --backbone_weights.
 
 Differences from the published code: without ImageNet's weights it goes on, from scratch, which
 costs many points of mIoU on a few hundred images; the line at the start says so.
 """
 
-import argparse
+import datafree.interrupt  # noqa: F401
+
+from argparse import Namespace
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,29 +37,27 @@ from datafree.teachers import PRETRAINED, fetch, save_teacher, teacher_file
 from models import SEGMENTERS
 
 # fmt: off
-CAMVID = dict(model="deeplabv3_resnet50", lr=0.1, weight_decay=5e-4, batch_size=16, n_epochs=200, milestones=[0.5],
-              crop=128)
+SETTINGS = dict(lr=0.1, weight_decay=5e-4, batch_size=16, n_epochs=200, milestones=[0.5], crop=128)
+CAMVID = dict(model="deeplabv3_resnet50") | SETTINGS
 PRESETS = {"camvid": CAMVID, "nyuv2": CAMVID | dict(lr=0.05)}
 RECIPE = dict(
     lr="learning rate, at first", weight_decay="of SGD", batch_size="images of an iteration",
     n_epochs="passes over the training images", milestones="lr x 0.1 at these fractions of the epochs",
-    crop="side of the training crops in pixels",
+    crop="side of the training images in pixels",
 )
-FLAGS = (
-    ("--backbone_weights", "a state dict of torchvision's classifier, or none for scratch (default: torchvision's, if "
-     "it can be had)", dict(metavar="FILE")),
-    ("--save_img", "at the end write N test images beside ground truth and prediction (default: %(default)s)",
-     dict(type=number(int, 0), default=4, metavar="N")),
-)
+BACKBONE = ("--backbone_weights", "a state dict of torchvision's classifier, or none for scratch (default: "
+            "torchvision's, if it can be had)", dict(metavar="FILE"))
+SAVE_IMG = ("--save_img", "at the end write N test images beside ground truth and the networks' classes (default: "
+            "%(default)s)", dict(type=number(int, 0), default=4, metavar="N"))
 # fmt: on
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence | None = None) -> Namespace:
     p = Parser(__file__, __doc__.format(presets=describe_presets(PRESETS)))
     p.add_argument("--dataset", choices=SEGMENTATIONS, default="camvid", help="(default: %(default)s)")
     p.add_networks(SEGMENTERS, ("model",))
     p.add_recipe(**RECIPE)
-    p.add(*FLAGS)
+    p.add(BACKBONE, SAVE_IMG)
     p.add_run()
     args = p.parse_args(argv)
     return p.complete(args, PRESETS[args.dataset])
@@ -81,16 +80,11 @@ def train_epoch(s: Session, optimizer: Optimizer) -> dict[str, Tensor]:
     for x, y in train.crops(size, s.args.crop, s.runtime.device):
         with s.runtime.autocast():
             logits = s.student(s.transform(x))
-        loss = focal_loss(logits.float(), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total += loss.detach() / (len(train) // size)
-        s.run.tick(loss.detach())
+        total += s.step(focal_loss(logits.float(), y), optimizer) / (len(train) // size)
     return {"loss": total}
 
 
-def load_backbone(model: nn.Module, args: argparse.Namespace) -> str:
+def load_backbone(model: nn.Module, args: Namespace) -> str:
     """ImageNet's weights for model.backbone, if they can be had; returns what to tell the user.
 
     Raises:
@@ -116,7 +110,7 @@ def load_backbone(model: nn.Module, args: argparse.Namespace) -> str:
     return f"backbone from {path}"
 
 
-def main(args):
+def main(args: Namespace) -> dict:
     """Train or evaluate; returns the content of result.json."""
     s = Session(args, papers.published(args), train=True, taught=False, segmentation=True)
     if s.result:
@@ -125,6 +119,8 @@ def main(args):
     if images < args.batch_size:
         raise UsageError(f"--batch_size {args.batch_size} does not fit into {images} training images: lower it")
     origin = load_backbone(s.student, args)
+    target = teacher_file(args.checkpoints, args.dataset, args.model, None)
+    checkpoint.check_writable(target.parent, "--checkpoints")
     optimizer = make_optimizer("sgd", s.student.parameters(), args.lr, args.weight_decay)
     s.start(student=s.student, optimizer=optimizer)
     text = f"{args.model} on {s.data.name}: {images} training images; {origin}"
@@ -133,7 +129,6 @@ def main(args):
         set_lr(optimizer, lr_at(epoch, args.lr, args.n_epochs, args.milestones))
         s.record(train_epoch(s, optimizer))
     side_by_side(s.run.folder / "samples", {args.model: s.student}, s.data, s.transform, s.runtime, args.save_img)
-    target = teacher_file(args.checkpoints, args.dataset, args.model, None)
     s.run.log(save_teacher(s.run.best, target))
     return s.finish(method="Teacher", model=args.model, backbone=origin, weights=str(target))
 

@@ -7,14 +7,13 @@
     python vanilla_kd.py --dataset mnist --alpha 0.9 --beta 0.1     # with labels: "KD"
     python vanilla_kd.py --dataset mnist --scratch                  # labels only: "Student"
 
-The student learns alpha T^2 KL(teacher / T || student / T) + beta CE(student, label); labels exist
-in the original set only, so --beta needs it. Noise is drawn anew from N(0, 1) in the space of the
-teacher's normalised input, as many images an epoch as the original set has. Images of another set
-are brought to the teacher's size and channels and normalised with its statistics.
+The student learns alpha T^2 KL(teacher / T || student / T) + beta CE(student, label); labels exist in the original set
+only, so --beta needs it. Noise is drawn anew from N(0, 1) in the space of the teacher's normalised input, as many
+images an epoch as the original set has. Images of another set are brought to the teacher's size and channels and
+normalised with its statistics.
 
-Published setting (Fast-Datafree): SGD 0.1, momentum 0.9, weight decay 1e-4, batch 128, 200 epochs,
-x0.1 at 60, 75 and 90 % of them. Presets (flags override them); the teacher is that of --teacher_recipe,
-checkpoints/<dataset>-<teacher>-<recipe>.pt:
+Presets (flags override them), SGD with momentum 0.9; "folder" has what Fast-Datafree published for CIFAR. The teacher
+is that of --teacher_recipe, checkpoints/<dataset>-<teacher>-<recipe>.pt:
 {presets}
 
 Differences from the published code:
@@ -23,6 +22,9 @@ Differences from the published code:
  3. The teacher's BatchNorms are folded into its convolutions: the same logits up to rounding, faster.
 """
 
+import datafree.interrupt  # noqa: F401
+
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -65,7 +67,7 @@ RECIPE = dict(
 IN_MEMORY = 2**32  # bytes of decoded images above which a folder is read anew in each epoch
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence | None = None) -> Namespace:
     p = Parser(__file__, __doc__.format(presets=describe_presets(PRESETS)))
     p.add_dataset(none=False)
     p.add(*TRANSFER)
@@ -114,15 +116,11 @@ def train_epoch(s: Session, optimizer: Optimizer, batches: Iterable, transform: 
         loss = args.alpha * kd_loss(s_logits, t_logits, args.T) if args.alpha else 0.0
         if args.beta:
             loss = loss + args.beta * F.cross_entropy(s_logits.float(), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total += loss.detach()
-        s.run.tick(loss.detach())
+        total += s.step(loss, optimizer)
     return {"loss": total / len(batches)}
 
 
-def main(args):
+def main(args: Namespace) -> dict:
     """Distil or evaluate; returns the content of result.json."""
     noise, original = (args.transfer_set == name for name in ("noise", "original"))
     s = Session(args, papers.published(args), train=noise or original, taught=args.alpha > 0)

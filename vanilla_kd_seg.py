@@ -1,5 +1,4 @@
-"""Knowledge distillation of segmentation networks on a transfer set: the baselines of DFAD (Fang
-et al. 2019), Data-Free Adversarial Distillation, Table 3.
+"""Knowledge distillation of segmentation networks on a transfer set: the baselines of DFAD (Fang et al. 2019), Table 3.
 
     python teacher_train_seg.py --dataset camvid                           mIoU: CamVid  NYUv2
     python vanilla_kd_seg.py --dataset camvid --transfer_set original    # KD-ORI 0.535  0.380
@@ -7,19 +6,17 @@ et al. 2019), Data-Free Adversarial Distillation, Table 3.
     python vanilla_kd_seg.py --dataset camvid --transfer_set unrelated   # KD-UNR 0.406  0.265
     python vanilla_kd_seg.py --dataset camvid --transfer_set noise       # RANDOM 0.018  0.021
 
-`related` and `unrelated` stand for folders or zips of images, or other data sets. The student S
-learns the teacher's logits T(x) on images x without their labels, with the loss of DFAD's own
-student:
+`related` and `unrelated` stand for folders or zips of images, or other data sets. The student S learns the teacher's
+logits T(x) on images x without their labels, with the loss of DFAD's own student:
 
     min_S  E_x |T(x) - S(x)|                      mean over batch, classes and pixels
 
     original:  random crops of the training images, mirrored at random;
-    noise:     x ~ N(0, I) in the space of the teacher's normalised input, drawn anew, as many
-               batches an epoch as the original set has;
+    noise:     x ~ N(0, I) in the space of the teacher's normalised input, as many batches as the original set has;
     others:    the central square of every image, resized and mirrored at random.
 
-A rest smaller than a batch is left out; the test is on whole images (short side 256). An epoch is
-one pass over the transfer set: a large one wants fewer of them. Settings, with SGD of momentum 0.9:
+A rest smaller than a batch is left out; the test is on whole images (short side 256). An epoch is one pass over the
+transfer set: a large one wants fewer of them. Settings, with SGD of momentum 0.9:
 {presets}
 
 Differences from the published code, which lacks these rows, as the paper lacks their details:
@@ -27,7 +24,10 @@ Differences from the published code, which lacks these rows, as the paper lacks 
  2. Which images were related and unrelated, and how they were cut, is left to the user.
 """
 
-from collections.abc import Iterable, Iterator
+import datafree.interrupt  # noqa: F401
+
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -37,38 +37,29 @@ from torch.optim import Optimizer
 import papers
 from data import SEGMENTATIONS, TensorSplit, get_wild
 from datafree.augment import random_flip
-from datafree.cli import Parser, cli, describe_presets, number, path_word
+from datafree.cli import Parser, cli, describe_presets, path_word
 from datafree.errors import UsageError
 from datafree.losses import l1_loss
 from datafree.plots import side_by_side
 from datafree.runtime import lr_at, make_optimizer, set_lr
 from datafree.session import Session
 from models import SEGMENTERS
+from teacher_train_seg import RECIPE, SAVE_IMG, SETTINGS
 
-# fmt: off
-PRESET = dict(teacher="deeplabv3_resnet50", student="deeplabv3_mobilenet", lr=0.1, weight_decay=5e-4, batch_size=16,
-              n_epochs=200, milestones=[0.5], crop=128)
+PRESET = dict(teacher="deeplabv3_resnet50", student="deeplabv3_mobilenet") | SETTINGS
 SETS = (
     ("--dataset", "the teacher's data set (default: %(default)s)", dict(choices=SEGMENTATIONS, default="camvid")),
     ("--transfer_set", "original, noise, a data set, or a folder (any depth) or zip of images, as it is or below "
      "--data_root (default: %(default)s)", dict(default="original", metavar="SET")),
-)
-RECIPE = dict(
-    lr="learning rate, at first", weight_decay="of SGD", batch_size="images of an iteration",
-    n_epochs="passes over the transfer set", milestones="lr x 0.1 at these fractions of the epochs",
-    crop="side in pixels of the images that the student learns on",
-)
-SAVE_IMG = ("--save_img", "at the end write N test images beside ground truth, teacher's and student's classes "
-            "(default: %(default)s)", dict(type=number(int, 0), default=4, metavar="N"))
-# fmt: on
+)  # fmt: skip
 IN_MEMORY = 2**30  # bytes of pixels up to which a folder's images are decoded once and kept
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence | None = None) -> Namespace:
     p = Parser(__file__, __doc__.format(presets=describe_presets({"camvid, nyuv2": PRESET})))
     p.add(*SETS)
     p.add_networks(SEGMENTERS)
-    p.add_recipe(**RECIPE)
+    p.add_recipe(**RECIPE | dict(n_epochs="passes over the transfer set"))
     p.add(SAVE_IMG)
     p.add_run()
     args = p.parse_args(argv)
@@ -103,16 +94,11 @@ def train_epoch(s: Session, optimizer: Optimizer, batches: Iterable[Tensor]) -> 
             with torch.no_grad():
                 t_logits = s.folded_teacher(x)
             s_logits = s.student(x)
-        loss = l1_loss(s_logits, t_logits)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total, steps = total + loss.detach(), steps + 1
-        s.run.tick(loss.detach())
+        total, steps = total + s.step(l1_loss(s_logits, t_logits), optimizer), steps + 1
     return {"loss": total / steps}
 
 
-def main(args):
+def main(args: Namespace) -> dict:
     """Distil or evaluate; returns the content of result.json."""
     own = args.transfer_set in ("original", "noise")
     s = Session(args, papers.published(args), train=own, segmentation=True)
@@ -121,12 +107,11 @@ def main(args):
     images, facts = None, {}
     if not own:
         images, fingerprint = get_wild(args.transfer_set, args.data_root, args.crop, s.data.channels)
+        images = images.in_memory(IN_MEMORY).to(s.runtime.device)
         facts = {"transfer_images": len(images), "transfer_fingerprint": fingerprint}
     size = len(s.data.train if own else images)
     if size < args.batch_size:
         raise UsageError(f"--batch_size {args.batch_size} does not fit into {size} images to transfer: lower it")
-    if not own:
-        images = images.in_memory(IN_MEMORY).to(s.runtime.device)
     optimizer = make_optimizer("sgd", s.student.parameters(), args.lr, args.weight_decay)
     for epoch in s.epochs(size // args.batch_size, args.batch_size, student=s.student, optimizer=optimizer):
         set_lr(optimizer, lr_at(epoch, args.lr, args.n_epochs, args.milestones))

@@ -1,8 +1,7 @@
 """Datasets as uint8 batches on a device: ``get_dataset(name)`` is the way in.
 
-Images come out unaugmented and unnormalised; ``mean``, ``std``, ``padding`` and ``flip`` say
-what the caller should do with them. To add a dataset, write a loader (sources.py has ten)
-and give it a row in ``SOURCES``, or from outside ``register("mine", Source(load))``.
+Images come out unaugmented and unnormalised; ``mean``, ``std``, ``padding`` and ``flip`` say what to do with them. To
+add a dataset, write a loader (see sources.py) and a row of ``SOURCES``, or outside ``register("mine", Source(load))``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from . import sources
+from . import sources, splits
 from .folder import Raw, fingerprint, get_images, load_folder, open_files, side_of
 from .segmentation import SEGMENTATIONS, Segmentation, get_segmentation
-from .splits import LUMA, DataError, FileSplit, TensorSplit, channel_statistics, one_line, per_channel
+from .splits import LUMA, DataError, FileSplit, TensorSplit, check_memory, expand, per_channel, unreadable
 from .wild import open_wild
 
 __all__ = [
@@ -80,7 +79,7 @@ def TEST_SETS() -> tuple[str, ...]:
 
 
 def register(name: str, source: Source) -> None:
-    """Adds a data set of one's own to ``DATASETS``. Raises DataError if what it is like is unknown."""
+    """Adds a data set to ``DATASETS``. Raises DataError if what it is like is unknown."""
     if source.like not in SOURCES:
         raise DataError(f"{name} is like '{source.like}', which is none of: {' '.join(DATASETS)}")
     SOURCES[name] = source
@@ -98,11 +97,9 @@ class Dataset:
     """Splits, None for those that were not asked for, and what one needs to know about them.
 
     mean, std: one value per channel, for pixels in 0..1; None if unknown, which happens without the train split.
-    padding, flip: the train transform, a random ``img_size`` crop of the image padded by ``padding`` pixels, and a
-    horizontal flip; the test transform is nothing.
-    fingerprint: identifies the content of what was read: of both splits, or of test alone. In
-    memory: labels and pixels, before any resizing for data that comes as arrays, after it for decoded files. Streamed:
-    paths, sizes and labels.
+    padding, flip: the train transform: a random ``img_size`` crop of the image padded by ``padding`` pixels, a flip.
+    fingerprint: of what was read, both splits or test alone. In memory: labels and pixels, before any resizing for
+    data that comes as arrays, after it for decoded files. Streamed: paths, sizes and labels.
     """
 
     name: str
@@ -121,7 +118,7 @@ class Dataset:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def to(self, device) -> "Dataset":
+    def to(self, device: str | torch.device) -> "Dataset":
         """A copy whose batches come out on ``device``; splits in memory live there."""
         return replace(self, train=self.train and self.train.to(device), test=self.test and self.test.to(device))
 
@@ -133,16 +130,13 @@ def get_dataset(
 ) -> Dataset:  # fmt: skip
     """Finds, or downloads into ``root``, one of ``DATASETS``; "none" has no images at all.
 
-    img_size, channels, mean and std replace the dataset's own. Images are square afterwards
-    (bilinear, antialiased; of a file the central square). One channel becomes three by
-    repetition, three become one by ITU-R 601 luma. Published statistics follow: repeated, or
-    weighted like luma (for std this is an upper bound, close since channels correlate).
+    img_size, channels, mean and std replace the dataset's own. Images are square afterwards (bilinear, antialiased;
+    of a file the central square). One channel becomes three by repetition, three become one by ITU-R 601 luma, and so
+    do published statistics (for std this is an upper bound, close since channels correlate).
     attribute: which of celeba's to predict (default: the most balanced one).
     in_memory_limit: bytes of pixels above which image files are streamed instead of decoded.
-    train: False to read the test split alone, for which no train image need be there; statistics
-    that the train split would tell are None then.
+    train: False to read the test split alone: statistics that the train split would tell are None then.
     num_classes: of "none", which needs img_size, too.
-
     Raises DataError, one line that names the cure, if the data or an argument is wrong.
     """
     if name not in TEST_SETS():
@@ -155,51 +149,67 @@ def get_dataset(
     channels = source.channels if channels is None else channels
     if channels not in (1, 3):
         raise DataError(f"channels is {channels}: choose 1 or 3")
-    if img_size is not None and img_size < 1:
+    if img_size is not None and not (isinstance(img_size, int) and img_size >= 1):
         raise DataError(f"img_size is {img_size}: choose at least 1 pixel")
     mean, std = per_channel("mean", mean, channels), per_channel("std", std, channels)
 
     if name == "none":
         if not (num_classes and img_size):
             raise DataError("dataset none has no images to learn its classes from: give --num_classes and --img_size")
+        if not (isinstance(num_classes, int) and 2 <= num_classes <= 10**5):
+            raise DataError(f"num_classes is {num_classes}: choose 2 to 100,000")
+        check_memory(1, channels, img_size)
         classes = tuple(map(str, range(num_classes)))
         return Dataset(name, None, None, classes, mean, std, img_size, channels, img_size // 8, True, "none")
 
     names = ("train", "test") if train else ("test",)
     try:
-        raw = source.load(Path(root).expanduser(), names, download, attribute)
+        raw = source.load(expand(root), names, download, attribute)
     except OSError as error:
-        raise DataError(f"cannot read the data ({one_line(error)}): check {root}") from None
-    splits = {split: getattr(raw, split) for split in names}
-    first = splits[names[0]]
+        raise unreadable(error.filename or root, error, "replace or delete it") from None
+    if len(raw.class_names) < 2:
+        raise DataError(f"{root} has one class, {raw.class_names[0]}: give at least two, there is nothing to learn")
+    parts = {split: getattr(raw, split) for split in names}
+    if empty := [split for split, part in parts.items() if not len(part)]:
+        raise DataError(f"{name} has no images to {empty[0]} in {root}: put the whole data set there")
+    first, n = parts[names[0]], sum(map(len, parts.values()))
     needed = train and source.mean is None and (mean is None or std is None)
     if isinstance(first, TensorSplit):
         img_size = img_size or source.img_size or first.images.shape[-1]
-        digest = fingerprint(splits.values())
-        splits = {split: _fit(part, img_size, channels) for split, part in splits.items()}
-        computed = channel_statistics(splits["train"]) if needed else None
+        check_memory(n, channels, img_size)
+        digest = fingerprint(parts.values())
+        parts = {split: _fit(part, img_size, channels) for split, part in parts.items()}
+        computed = splits.channel_statistics(parts["train"]) if needed else None
     else:
         img_size = img_size or source.img_size or side_of(first.paths[0])
-        splits, computed, digest = open_files(splits, raw.root, img_size, channels, in_memory_limit, needed)
+        check_memory(min(n, 256), channels, img_size)
+        try:
+            parts, computed, digest = open_files(parts, raw.root, img_size, channels, in_memory_limit, needed)
+        except OSError as error:
+            raise unreadable(f"image {error.filename}", error, "replace or delete it") from None
     own_mean, own_std = computed or (source.mean, source.std)
     mean, std = mean or _follow(own_mean, channels), std or _follow(own_std, channels)
-    parts, pad = (splits.get("train"), splits["test"]), img_size // 8 if source.crop else 0
-    return Dataset(name, *parts, raw.class_names, mean, std, img_size, channels, pad, source.flip, digest)
+    classes, pad = tuple(map(splits.printable, raw.class_names)), img_size // 8 if source.crop else 0
+    about = classes, mean, std, img_size, channels, pad, source.flip, digest
+    return Dataset(name, parts.get("train"), parts["test"], *about)
 
 
-def get_wild(source: str, root: str | Path, img_size: int, channels: int):
-    """An unlabelled image set: a folder (any depth), a zip, or the train images of one of ``DATASETS``.
+def get_wild(source: str, root: str | Path, img_size: int, channels: int) -> tuple[TensorSplit | FileSplit, str]:
+    """An unlabelled image set: a path, as it is or below ``root``, or the train images of one of ``DATASETS``.
 
-    source: the data set, which is looked for in ``root``, or a path, as it is or below ``root``.
-    Returns (split, fingerprint); images are as ``get_dataset``'s, labels mean nothing. Raises DataError if it has none.
+    A path is of a folder (any depth) or a zip. Returns (split, fingerprint); images are as ``get_dataset``'s, labels
+    mean nothing. Raises DataError if it has none.
     """
     if source in DATASETS:
         data = get_dataset(source, root, img_size=img_size, channels=channels)
         return data.train, data.fingerprint
-    places = [Path(source).expanduser(), Path(root).expanduser() / source]
-    for place in places:
-        if place.exists():
-            return open_wild(place, img_size, channels)
+    places = [expand(source), expand(root) / source]
+    try:
+        found = next((place for place in places if place.exists()), None)
+    except OSError as error:
+        raise unreadable(error.filename, error, "name a folder, a zip or a data set") from None
+    if found:
+        return open_wild(found, img_size, channels)
     where = " or ".join(map(str, dict.fromkeys(places)))
     raise DataError(f"image set {where} does not exist: name a folder, a zip or a data set")
 
@@ -211,10 +221,8 @@ def imagenet_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, 
 
 def _follow(values: Sequence[float] | None, channels: int) -> tuple[float, ...] | None:
     """Per-channel statistics after a change of the number of channels; None stays None."""
-    if values is None:
-        return None
-    if len(values) == channels:
-        return tuple(values)
+    if values is None or len(values) == channels:
+        return values and tuple(values)
     if channels == 3:
         return tuple(values) * 3
     return (sum(weight * value for weight, value in zip(LUMA, values, strict=True)),)

@@ -3,27 +3,25 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-from .splits import DataError, FileSplit, TensorSplit, channel_statistics, one_line
+from .splits import DataError, FileSplit, TensorSplit, channel_statistics, expand, open_image, regular, unreadable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _ENDINGS = " ".join(SUFFIXES)
+# Finders and notebooks leave .DS_Store, ._name.jpg, __MACOSX/ and .ipynb_checkpoints/ behind.
+HIDDEN = (".", "__MACOSX")
 # Part of the cache's key: to be raised when the same file decodes to other pixels than before.
 DECODER_VERSION = 1
 
 
 @dataclass
 class Raw:
-    """What a loader found: class names, and splits in their native size (or as files).
-
-    ``root`` is the folder that file splits lie in: their cache goes there.
-    """
+    """What a loader found: class names, splits in native size or as files, and the root of these, for their cache."""
 
     class_names: tuple[str, ...]
     test: TensorSplit | FileSplit
@@ -32,10 +30,7 @@ class Raw:
 
 
 def load_folder(root: Path, splits: Sequence[str], *_) -> Raw:
-    """Lists ``<root>/<split>/<class>/**`` (any depth below the class), classes sorted.
-
-    Raises DataError where a split or its images are missing, or the splits' classes differ.
-    """
+    """Lists ``<root>/<split>/<class>/**``. Raises DataError if images are missing or the splits' classes differ."""
     names = {split: class_folders(root / split) for split in splits}
     for split in splits:
         if not names[split]:
@@ -44,8 +39,8 @@ def load_folder(root: Path, splits: Sequence[str], *_) -> Raw:
         odd = sorted(set(names[split]) ^ set(names["test"]))
         if odd:
             has, lacks = (split, "test") if odd[0] in names[split] else ("test", split)
-            text = "both splits need the same class folders"
-            raise DataError(f"class '{odd[0]}' is in {root / has} but not in {root / lacks}: {text}")
+            text = f"class '{odd[0]}' is in {root / has} but not in {root / lacks}"
+            raise DataError(f"{text}: both splits need the same class folders")
     found = {split: list_split(root / split, names["test"]) for split in splits}
     return Raw(tuple(names["test"]), **found, root=root)
 
@@ -58,13 +53,12 @@ def class_folders(split: Path) -> list[str]:
 
 
 def get_images(root: str | Path, img_size: int, channels: int) -> torch.Tensor:
-    """All images below a folder, at any depth and sorted by path, without labels.
-
-    Returns uint8 (N, channels, img_size, img_size), decoded as ``get_dataset`` does. Raises
-    DataError where there are none or a file cannot be read.
-    """
-    root = Path(root).expanduser()
-    paths = images_below(root) if root.is_dir() else []
+    """All images below a folder by path: uint8 (N, channels, img_size, img_size). Raises DataError if there is none."""
+    root = expand(root)
+    try:
+        paths = images_below(root) if root.is_dir() else []
+    except OSError as error:
+        raise unreadable(error.filename or root, error, "name a folder that holds images") from None
     if not paths:
         raise DataError(f"no images below {root}: name a folder that holds some ({_ENDINGS})")
     split = FileSplit(paths, torch.zeros(len(paths), dtype=torch.int64), img_size, channels)
@@ -72,17 +66,26 @@ def get_images(root: str | Path, img_size: int, channels: int) -> torch.Tensor:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """Paths of the image files at any depth, sorted, without hidden ones."""
-    # Finders and notebooks leave .DS_Store, ._name.jpg and .ipynb_checkpoints/ behind.
-    paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    return sorted(p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    """Sorted paths of what `walk` finds."""
+    return sorted(Path(entry.path) for entry in walk(folder))
+
+
+def walk(folder: Path) -> Iterator[os.DirEntry]:
+    """What is named like an image, at any depth; no hidden ones, nor what links to folders hold. Raises OSError."""
+    folders = [folder]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.name.startswith(HIDDEN):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif entry.name.lower().endswith(SUFFIXES):
+                    yield entry
 
 
 def list_split(split: Path, names: Sequence[str]) -> FileSplit:
-    """The files of these class folders of a split's folder, labelled by their order.
-
-    Raises DataError where a class has no images.
-    """
+    """The files of these class folders, labelled by their order. Raises DataError where a class has no images."""
     paths, labels = [], []
     for label, name in enumerate(names):
         found = images_below(split / name)
@@ -96,29 +99,31 @@ def list_split(split: Path, names: Sequence[str]) -> FileSplit:
 def side_of(path: Path) -> int:
     """Side of a square image. Raises DataError if it is not square or cannot be read."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             width, height = image.size
     except Exception as error:  # decoders raise nearly anything on damaged files
-        raise DataError(f"cannot read image {path} ({one_line(error)}): replace or delete it") from None
+        raise unreadable(f"image {path}", error, "replace or delete it") from None
     if width != height:
         cure = "choose a size with img_size, to which the central square of every image is resized"
         raise DataError(f"{path} is {width}x{height}, not square: {cure}")
     return width
 
 
-def open_files(splits: Mapping[str, FileSplit], root: Path, img_size: int, channels: int, limit: int, statistics: bool):
+def open_files(
+    splits: Mapping[str, FileSplit], root: Path, img_size: int, channels: int, limit: int, statistics: bool
+) -> tuple[dict[str, TensorSplit | FileSplit], tuple[list[float], list[float]] | None, str]:
     """Turns file splits into what batches come from: in memory up to ``limit`` bytes.
 
-    Decoded images and statistics are kept in ``<root>/.datafree-<size>x<channels>.pt`` (``..-test.pt`` for the test
-    split alone) until a file appears, vanishes or changes. Returns the splits by name, (mean, std) or None, and the
-    fingerprint. Raises DataError if a file cannot be read (streamed: only where statistics are computed).
+    Decoded images and statistics are kept in ``<root>/.datafree-<size>x<channels>.pt`` (test alone: ``..-test.pt``)
+    until a file appears, vanishes or changes. Returns the splits, (mean, std) or None, and the fingerprint. Raises
+    OSError or DataError if a file cannot be read (streamed: only where statistics are computed).
     """
     splits = {name: replace(s, img_size=img_size, channels=channels) for name, s in splits.items()}
     files = _describe(splits.values(), root)
     stamps = [(name, size, modified) for name, size, modified, _ in files]
     key = hashlib.sha256(repr((DECODER_VERSION, stamps)).encode()).hexdigest()
     path = root / f".datafree-{img_size}x{channels}{'' if 'train' in splits else '-test'}.pt"
-    cache = _load_cache(path, key)
+    cache = _load_cache(path, key, splits, channels)
     known = len(cache)
     if sum(map(len, splits.values())) * channels * img_size**2 <= limit:
         if "test" not in cache:
@@ -146,22 +151,23 @@ def fingerprint(splits: Iterable[TensorSplit]) -> str:
 
 
 def _describe(splits: Iterable[FileSplit], root: Path) -> list[tuple[str, int, int, int]]:
-    """Relative path, size, modification time and label of every file."""
+    """Relative path, size, modification time and label of every file. Raises OSError."""
     rows = []
     for split in splits:
         for path, label in zip(split.paths, split.labels.tolist(), strict=True):
-            try:
-                stat = path.stat()
-            except OSError as error:
-                raise DataError(f"cannot read image {path} ({error.strerror}): replace or delete it") from None
+            stat = regular(path)
             rows.append((path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns, label))
     return rows
 
 
-def _load_cache(path: Path, key: str) -> dict:
+def _load_cache(path: Path, key: str, splits: Mapping[str, FileSplit], channels: int) -> dict:
     try:
+        regular(path)
         cache = torch.load(path, map_location="cpu", weights_only=True)
-        if cache["key"] == key:
+        shapes = {name: (torch.uint8, len(s), channels, s.img_size, s.img_size) for name, s in splits.items()}
+        images = {name: (cache[name].dtype, *cache[name].shape) for name in shapes if "test" in cache}
+        mean, std = torch.tensor(cache.get("statistics", [[0.5] * channels] * 2))
+        if cache["key"] == key and images in ({}, shapes) and len(mean) == channels and (mean + std).isfinite().all():
             return cache
     except Exception:  # missing, cut off or not ours: in every case it is built again
         pass

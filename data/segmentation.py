@@ -1,7 +1,6 @@
 """Images with a class for every pixel: ``get_segmentation(name)`` is the way in.
 
-Everything is resized to a short side of 256 (images bilinear and antialiased, labels nearest) and
-kept in memory as uint8; void is 255.
+All have a short side of 256 (images bilinear and antialiased, labels nearest), in memory as uint8; void is 255.
 """
 
 import hashlib
@@ -11,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import scipy.io
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,10 +18,11 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from .folder import SUFFIXES
-from .splits import DataError, one_line, per_channel
+from .splits import DataError, expand, no_package, open_image, per_channel, regular, unreadable
 
 VOID = 255
 SHORT_SIDE = 256
+SPLITS_LIMIT = 2**16  # bytes of splits.mat, which can unpack to a thousand times as many
 
 
 @dataclass
@@ -36,11 +35,10 @@ class SegmentationSplit:
     def __len__(self) -> int:
         return len(self.images)
 
-    def crops(self, batch_size: int, size: int, device) -> Iterator[tuple[Tensor, Tensor]]:
-        """One shuffled pass: random crops, mirrored with probability 1/2.
+    def crops(self, batch_size: int, size: int, device: str | torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """One shuffled pass of random crops, mirrored with probability 1/2, without a rest smaller than a batch.
 
-        Yields images uint8 (N, 3, size, size) and labels int64 (N, size, size); a rest smaller
-        than a batch is left out.
+        Yields images uint8 (N, 3, size, size) and labels int64 (N, size, size).
         """
         cut = v2.Compose([v2.RandomCrop(size), v2.RandomHorizontalFlip()])
         for rows in torch.randperm(len(self)).split(batch_size)[: len(self) // batch_size]:
@@ -48,11 +46,8 @@ class SegmentationSplit:
             images, labels = (torch.stack([p.as_subclass(Tensor) for p in part]) for part in zip(*pairs, strict=True))
             yield images.to(device), labels.to(device).long()
 
-    def whole(self, device, batch_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass over whole images, in order: uint8 (N, 3, H, W) and int64 (N, H, W).
-
-        A batch is up to ``batch_size`` images that follow each other and are of one size.
-        """
+    def whole(self, device: str | torch.device, batch_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over whole images in order, uint8 (N, 3, H, W) and int64 (N, H, W), N of one size at once."""
         for _, rows in itertools.groupby(range(len(self)), lambda row: self.images[row].shape):
             rows = list(rows)
             for start in range(rows[0], rows[-1] + 1, batch_size):
@@ -60,7 +55,7 @@ class SegmentationSplit:
                 images, labels = torch.stack(self.images[part]), torch.stack(self.labels[part])
                 yield images.to(device), labels.to(device).long()
 
-    def to(self, device, limit: int = 2**30) -> "SegmentationSplit":
+    def to(self, device: str | torch.device, limit: int = 2**30) -> "SegmentationSplit":
         """The split on ``device``, or itself if it takes more than ``limit`` bytes."""
         if sum(tensor.numel() for tensor in (*self.images, *self.labels)) > limit:
             return self
@@ -95,7 +90,7 @@ class Segmentation:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def to(self, device) -> "Segmentation":
+    def to(self, device: str | torch.device) -> "Segmentation":
         """A copy whose splits live on ``device`` where they fit, see `SegmentationSplit.to`."""
         return replace(self, test=self.test.to(device), train=self.train and self.train.to(device))
 
@@ -112,51 +107,55 @@ def get_segmentation(
 ) -> Segmentation:  # fmt: skip
     """Reads one of ``SEGMENTATIONS`` from ``root`` or the folder of that name below it.
 
-    mean and std, three values each, replace 0.5. train: False to read the test split alone.
-
-    Raises DataError, one line that names the cure.
+    mean and std, three values each, replace 0.5. train: False to read the test split alone. Raises DataError.
     """
     if name not in SEGMENTATIONS:
         raise DataError(f"unknown segmentation data '{name}'; choose one of: {' '.join(SEGMENTATIONS)}")
     mean, std = per_channel("mean", mean, 3), per_channel("std", std, 3)
     source = SEGMENTATIONS[name]
-    root = Path(root).expanduser()
+    root = expand(root)
     splits = ("train", "test") if train else ("test",)
-    found = {split: _read(source.pairs(root, split), len(source.colours), source.void) for split in splits}
+    try:
+        found = {split: _read(source.pairs(root, split), len(source.colours), source.void) for split in splits}
+    except OSError as error:
+        raise unreadable(error.filename or root, error, "unpack the data again") from None
     half = (0.5, 0.5, 0.5)
     return Segmentation(name, tuple(source.colours), tuple(source.colours.values()), mean or half, std or half, **found)
 
 
 def _place(root: Path, name: str, folders: tuple[str, ...], wanted: str) -> Path:
     places = [root / folder for folder in folders]
-    for place in places:
-        if (place / wanted).exists():
-            return place
-    looked = f"looked for {wanted} in {', '.join(map(str, places))}"
-    raise DataError(f"no {name}: {looked}; unpack it into one of these folders")
+    if found := next((place for place in places if (place / wanted).exists()), None):
+        return found
+    where = ", ".join(map(str, places))
+    raise DataError(f"no {name}: looked for {wanted} in {where}; unpack it into one of these folders")
 
 
 def _camvid(root: Path, split: str) -> list[tuple[Path, Path]]:
     """CamVid as SegNet has it: 367 + 233 frames."""
     place = _place(root, "camvid", ("CamVid", "camvid", "camvid/CamVid", "."), f"{split}annot")
-    frames = sorted(p for p in (place / split).glob("*") if p.suffix.lower() in SUFFIXES)
+    frames = sorted(p for p in (place / split).iterdir() if p.suffix.lower() in SUFFIXES)
     if not frames:
         raise DataError(f"no images in {place / split}: unpack CamVid again")
     return [(path, place / f"{split}annot" / f"{path.stem}.png") for path in frames]
 
 
 def _nyuv2(root: Path, split: str) -> list[tuple[Path, Path]]:
-    """NYUv2: 795 + 654 rooms.
-
-    Files: splits.mat, 480_640/IMAGE/<index - 1>.png, and for each split
-    nyuv2-meta-data/{train,test}_labels_13/new_nyu_class13_<index>.png.
-    """
+    """NYUv2: 795 + 654 rooms, listed in splits.mat, as 480_640/IMAGE/<index - 1>.png, labels as
+    nyuv2-meta-data/{train,test}_labels_13/new_nyu_class13_<index>.png."""
     place = _place(root, "nyuv2", ("nyuv2", "NYUv2", "."), "splits.mat")
     path = place / "splits.mat"
     try:
-        numbers = scipy.io.loadmat(path)[f"{split}Ndxs"].flatten().tolist()
+        regular(path, SPLITS_LIMIT)
+        from scipy.io import loadmat
+
+        numbers = [int(i) for i in loadmat(path)[f"{split}Ndxs"].flatten().tolist()]
+    except ImportError as error:
+        raise no_package("scipy", "scipy", error) from None
     except Exception as error:  # scipy raises nearly anything on damaged files
-        raise DataError(f"cannot read {path} ({one_line(error)}): fetch it again") from None
+        raise unreadable(path, error, "fetch it again") from None
+    if not numbers:
+        raise DataError(f"{path} lists no images to {split}: fetch it again")
     images, labels = place / "480_640" / "IMAGE", place / "nyuv2-meta-data" / f"{split}_labels_13"
     return [(images / f"{i - 1}.png", labels / f"new_nyu_class13_{i:04}.png") for i in numbers]
 
@@ -165,8 +164,7 @@ def _nyuv2(root: Path, split: str) -> list[tuple[Path, Path]]:
 class SegmentationSource:
     """Where a data set's pairs of image and label file are, for (root, split), and what the labels mean.
 
-    colours: by name, in the order of the classes. void: its value in the files, where the classes
-    have the other values from 0. paper: what the papers call the data.
+    colours: of the classes in order. void: its value in the files, the classes have the others from 0. paper: its name.
     """
 
     pairs: Callable[[Path, str], list[tuple[Path, Path]]]
@@ -202,6 +200,8 @@ def _read(pairs: list[tuple[Path, Path]], num_classes: int, void: int) -> Segmen
         if image.size != label.size:
             sizes = f"{image_path} is {image.width}x{image.height}, {label_path} {label.width}x{label.height}"
             raise DataError(f"{sizes}: image and label must have the same size")
+        if max(image.size) > 16 * min(image.size):
+            raise DataError(f"{image_path} is a strip of {image.width}x{image.height}: fetch it again")
         values = np.asarray(label)
         if values.ndim != 2 or values.dtype != np.uint8:
             raise DataError(f"{label_path} is no 8-bit grey or palette picture: fetch it again")
@@ -220,10 +220,10 @@ def _read(pairs: list[tuple[Path, Path]], num_classes: int, void: int) -> Segmen
 
 def _open(path: Path, mode: str | None) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image.load()
             return image.convert(mode) if mode else image
     except FileNotFoundError:
         raise DataError(f"{path} is missing: every image needs its label file, unpack the data again") from None
     except Exception as error:  # decoders raise nearly anything on damaged files
-        raise DataError(f"cannot read {path} ({one_line(error)}): fetch it again") from None
+        raise unreadable(path, error, "fetch it again") from None

@@ -1,14 +1,17 @@
 """Where named datasets come from: scikit-learn, files already on disk, torchvision's downloads.
 
-Every loader takes (root, splits, download, attribute), where splits are ("train", "test") or ("test",),
-touches no file that only another split needs, and returns ``Raw`` or raises DataError.
+Every loader takes (root, splits, download, attribute), where splits are ("train", "test") or ("test",), touches no
+file that only another split needs, and returns ``Raw`` or raises DataError, or OSError of the system.
 """
 
+import bz2
 import contextlib
+import errno
 import functools
 import gzip
 import io
 import itertools
+import math
 import random
 import socket
 import sys
@@ -21,15 +24,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision import datasets
 
 from .folder import Raw, class_folders, images_below, list_split, load_folder
-from .splits import DataError, FileSplit, TensorSplit, one_line
+from .splits import FILE_LIMIT, DataError, FileSplit, TensorSplit, no_package, one_line, open_image, regular
 
 DIGITS_TEST_PER_CLASS = 50
 DOWNLOAD_TIMEOUT = 20  # seconds without a byte
 ARCHIVES = (".gz", ".zip", ".tgz", ".tar")
+# Bytes, unpacked: of MNIST's images (47 MB), USPS' text (20 MB) and a sheet of CIFAR-10 (3 MB as plain pixels).
+IDX_LIMIT, TEXT_LIMIT, SHEET_LIMIT = 2**28, 2**26, 2**24
 DIGITS = tuple("0123456789")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -62,8 +66,10 @@ class Files:
                 except DataError:
                     raise
                 except ImportError as error:  # scipy reads SVHN
-                    raise DataError(f"{one_line(error)}: install it with pip") from None
+                    raise no_package("scipy", "scipy", error) from None
                 except Exception as error:  # pickle, scipy and text parsers raise nearly anything
+                    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+                        raise  # what is locked is not damaged
                     text = f"{', '.join(files)} in {place} is incomplete or damaged ({one_line(error)}): delete it and "
                     raise DataError(f"{text}run again to download it, or put a good copy there") from None
             return None
@@ -87,21 +93,24 @@ def _tensors(images: np.ndarray, labels: Sequence[int]) -> TensorSplit:
 
 def _arrays(class_names: tuple[str, ...], read: Callable) -> Callable:
     """A kind's ``read`` from one of (folder, split) -> (images, labels)."""
-    return lambda place, splits, _: Raw(class_names, **{split: _tensors(*read(place, split)) for split in splits})
+
+    def checked(place, split):
+        images, labels = read(place, split)
+        if len(images) != len(labels) or not 0 <= min(labels, default=-1) <= max(labels) < len(class_names):
+            raise ValueError(f"the file of labels to {split} does not fit its images")
+        return _tensors(images, labels)
+
+    return lambda place, splits, _: Raw(class_names, **{split: checked(place, split) for split in splits})
 
 
 def load_digits(root: Path, splits: Sequence[str], *_) -> Raw:
-    """scikit-learn's 1,797 digits, 8x8 (E. Alpaydin, C. Kaynak, UCI 1998): nothing to download.
-
-    Test: 50 images of each class by a fixed permutation; train: the other 1,297.
-    """
+    """scikit-learn's 1,797 digits, 8x8 (E. Alpaydin, C. Kaynak, UCI 1998), 50 of each class for testing."""
     try:
         from sklearn.datasets import load_digits as sklearn_digits
-    except ImportError:
-        raise DataError("digits needs scikit-learn: pip install scikit-learn") from None
+    except Exception as error:  # compiled parts of another version raise nearly anything
+        raise no_package("sklearn", "scikit-learn", error) from None
     found = sklearn_digits()
-    images = np.rint(found.images * (255 / 16)).astype(np.uint8)  # values are 0..16
-    labels = found.target.astype(np.int64)
+    images, labels = np.rint(found.images * (255 / 16)).astype(np.uint8), found.target  # values are 0..16
     # NumPy promises that RandomState's streams never change, and this one disturbs no other.
     order = np.random.RandomState(0).permutation(len(labels))
     test = np.zeros(len(labels), bool)
@@ -119,11 +128,7 @@ def _idx(name: str, cls: type, class_names: tuple[str, ...]) -> Files:
         return f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"
 
     def read(place, split):
-        paths = [_plain_or_gz(place / file) for file in files(split)]
-        images, labels = map(read_idx, paths)
-        if len(images) != len(labels) or labels.max(initial=0) >= len(class_names):
-            raise ValueError(f"{paths[1]} does not fit its images")
-        return images, labels
+        return [read_idx(_plain_or_gz(place / file)) for file in files(split)]
 
     def fetch(folder, splits):
         part = cls if "train" in splits else type(cls.__name__, (cls,), {"resources": cls.resources[2:]})
@@ -140,26 +145,31 @@ load_fashion_mnist = _idx("fashion-mnist", datasets.FashionMNIST, tuple(datasets
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Reads an IDX file of unsigned bytes, plain or .gz: labels (N,) or images (N, H, W).
+    """Labels (N,) or images (N, H, W), bytes, of an IDX file, plain or .gz (yann.lecun.com/exdb/mnist).
 
-    Format: two zero bytes, type 8, number of dimensions, big-endian 32-bit sizes, values
-    (yann.lecun.com/exdb/mnist). Raises ValueError that names a file whose header and length disagree.
+    Two zero bytes, type 8, number of dimensions, big-endian 32-bit sizes, values. Raises ValueError if they disagree.
     """
     dimensions = 3 if "idx3" in path.name else 1
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        if content[:4] != bytes([0, 0, 8, dimensions]):
-            raise ValueError(f"{len(content)} bytes, but no IDX file")
-        start = 4 + 4 * dimensions
-        return np.frombuffer(content, np.uint8, offset=start).reshape(np.frombuffer(content[4:start], ">u4").tolist())
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            if file.read(4) != bytes([0, 0, 8, dimensions]):
+                raise ValueError("no IDX file")
+            sizes = np.frombuffer(file.read(4 * dimensions), ">u4").tolist()
+            if not 0 < (n := math.prod(sizes)) <= IDX_LIMIT:
+                raise ValueError(f"its header says {' x '.join(map(str, sizes))} values")
+            content = file.read(n + 1)  # and no more: little that is packed can be much
+        if len(content) != n:
+            raise ValueError(f"{'more' if len(content) > n else 'fewer'} than the {n:,} values of its header")
+        return np.frombuffer(content, np.uint8).reshape(sizes)
+    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"{path}: {one_line(error)}") from None
 
 
 def _plain_or_gz(path: Path) -> Path | None:
-    return next((p for p in (path, path.with_name(f"{path.name}.gz")) if p.exists()), None)
+    found = next((p for p in (path, path.with_name(f"{path.name}.gz")) if p.exists()), None)
+    if found and not found.is_dir():
+        regular(found, FILE_LIMIT)
+    return found
 
 
 def _cifar(cls: type, *others: tuple[Callable, Callable], also: tuple[str, ...] = ()) -> Files:
@@ -168,6 +178,8 @@ def _cifar(cls: type, *others: tuple[Callable, Callable], also: tuple[str, ...] 
     def read(place, splits, attribute):
         # torchvision wants all batches, whichever it reads.
         part = cls if "train" in splits else type(cls.__name__, (cls,), {"train_list": []})
+        for file, _ in (*part.train_list, *part.test_list):
+            regular(place / cls.base_folder / file, FILE_LIMIT)
         found = {split: part(place, split == "train") for split in splits}
         images = {split: _tensors(f.data.transpose(0, 3, 1, 2), f.targets) for split, f in found.items()}
         return Raw(tuple(found["test"].classes), **images)
@@ -177,22 +189,26 @@ def _cifar(cls: type, *others: tuple[Callable, Callable], also: tuple[str, ...] 
 
 
 def _read_sheets(place, split):
-    """The original pixels as sheets of 40 images a row, lossless WebP in a zip; labels are one byte each.
-
-    Black images that fill the last row of a split do not count.
-    """
+    """Lossless WebP sheets of 40 images a row, the last row filled with black ones, in a zip; labels are bytes."""
     with zipfile.ZipFile(place / "cifar10_lossless.zip") as archive:
         names = sorted(n for n in archive.namelist() if n.startswith(f"{split}/") and n[-1] != "/")
         if names != [f"{split}/{i:02}.webp" for i in range(len(names) or 1)]:
             raise ValueError(f"sheets of {split} are missing")
-        sheets = [np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB")) for name in names]
+        if any(archive.getinfo(name).file_size > SHEET_LIMIT for name in (*names, f"{split}_labels.bin")):
+            raise ValueError(f"a file of {split} is too large")
+        sheets = [_read_sheet(archive.read(name)) for name in names]
         labels = np.frombuffer(archive.read(f"{split}_labels.bin"), np.uint8)
     rows = np.concatenate(sheets).reshape(-1, 32, 40, 32, 3)
     images = rows.transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)
     n = np.flatnonzero(images.any((1, 2, 3)))[-1] + 1
-    if len(labels) < n or labels[:n].max() > 9:
-        raise ValueError(f"{split}_labels.bin does not fit its images")
     return images[:n], labels[:n]
+
+
+def _read_sheet(content: bytes) -> np.ndarray:
+    with open_image(io.BytesIO(content)) as image:
+        if image.width != 1280 or image.height > 1280:
+            raise ValueError(f"a sheet is {image.width}x{image.height}")
+        return np.asarray(image.convert("RGB"))
 
 
 def _read_cifar10_folders(place, splits, attribute):
@@ -224,6 +240,10 @@ def _torchvision_digits(cls: type, labels: str, parts: dict[str, tuple[str, obje
     """Digits that torchvision reads, labels from that attribute; parts: split -> (file, what torchvision calls it)."""
 
     def read(place, split):
+        if parts[split][0].endswith(".bz2"):
+            with bz2.open(place / parts[split][0]) as file:
+                if len(file.read(TEXT_LIMIT + 1)) > TEXT_LIMIT:
+                    raise ValueError("it unpacks to too much")
         found = cls(place, parts[split][1])
         return found.data, getattr(found, labels)
 
@@ -241,8 +261,8 @@ load_usps = _torchvision_digits(datasets.USPS, "targets", {"train": ("usps.bz2",
 
 
 def _read_celeba(place, splits, attribute):
-    """One of the 40 attributes is the label; by default the one nearest to half of the train split (of the lists'
-    first split if they leave it out): accuracies on unbalanced attributes, or averaged over all, say little."""
+    """One of the 40 attributes is the label; by default the one nearest to half of the train split (or the lists' first
+    one): accuracies on unbalanced attributes, or averaged over all, say little."""
     _, header, *lines = (place / "list_attr_celeba.txt").read_text().splitlines()
     names, rows = header.split(), [line.split() for line in lines]
     if attribute and attribute not in names:
@@ -255,7 +275,7 @@ def _read_celeba(place, splits, attribute):
     found = {}
     for split in splits:
         members = np.flatnonzero(part == (2 if split == "test" else 0))
-        paths = [place / "img_align_celeba" / rows[i][0] for i in members]
+        paths = [place / "img_align_celeba" / Path(rows[i][0]).name for i in members]
         found[split] = FileSplit(paths, torch.from_numpy(values[members, column].astype(np.int64)))
     return Raw((f"not {names[column]}", names[column]), **found, root=place)
 
@@ -269,10 +289,8 @@ load_celeba = Files(
 
 
 def split_class(names: list[str]) -> tuple[list[str], list[str]]:
-    """Train and test images of a class of Caltech-101, sorted: max(int(0.2 n), 2) for testing, seed 1.
-
-    The order of ``names`` does not matter; the published script shuffles what the file system happens to list.
-    """
+    """A class of Caltech-101, sorted: train, and max(int(0.2 n), 2) for testing by seed 1. (The published script
+    shuffles what the file system happens to list.)"""
     test = set(random.Random(1).sample(sorted(names), min(max(len(names) // 5, 2), len(names))))
     return sorted(set(names) - test), sorted(test)
 
@@ -303,11 +321,8 @@ load_caltech101 = Files(
 
 
 def load_imagenet(root: Path, splits: Sequence[str], *_) -> Raw:
-    """O. Russakovsky et al. 2015, ILSVRC 2012: 1,281,167 + 50,000 images of 1,000 classes.
-
-    From ``{train,val}/<class>/`` (or ``test`` for ``val``), never downloaded. The classes are the
-    folders that all splits read have, sorted by name, which is the published order of the labels.
-    """
+    """O. Russakovsky et al. 2015, ILSVRC 2012: 1,281,167 + 50,000 images of 1,000 classes: the folders that all splits
+    have, ``{train,val}/<class>/`` (or ``test`` for ``val``), by name, which is the published order of the labels."""
     places = [root / "imagenet", root]
     for place, second in itertools.product(places, ("val", "test")):
         folders = {split: place / (second if split == "test" else split) for split in splits}

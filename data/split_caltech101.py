@@ -5,19 +5,18 @@
 `get_dataset("caltech101")` splits by itself; these are links, for other programs or to leave train images behind.
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
 
 from data.sources import read_caltech101
-from data.splits import DataError
+from data.splits import DataError, one_line
 
 
 def main(root: Path) -> None:
-    try:
-        found = read_caltech101(root, ("train", "test"))
-    except DataError as error:
-        sys.exit(str(error))
+    """Makes the links below ``root``. Raises DataError, or OSError where they cannot be made."""
+    found = read_caltech101(root, ("train", "test"))
     for split in ("train", "test"):
         files = getattr(found, split)
         for path, label in zip(files.paths, files.labels.tolist(), strict=True):
@@ -28,6 +27,15 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m data.split_caltech101 DIR")
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(prog="python -m data.split_caltech101", description=__doc__.splitlines()[0])
+    parser.add_argument("DIR", type=Path, help="the folder that holds 101_ObjectCategories/")
+    try:
+        main(parser.parse_args().DIR)
+    except (DataError, OSError) as error:
+        where = (
+            ""
+            if isinstance(error, DataError)
+            else f" {error.filename2 or error.filename}: choose a folder where links can be made"
+        )
+        print(one_line(error) + where, file=sys.stderr)
+        sys.exit(2)

@@ -1,9 +1,15 @@
 """A split of a dataset, in memory or streamed from files: both give uint8 batches on a device."""
 
+import contextlib
+import errno
+import math
 import os
-from collections.abc import Iterator
+import stat
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -16,17 +22,66 @@ from tqdm import tqdm
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 
 
+# Others, which Pillow tells by their content, are not opened: of some it would run a program.
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
+FILE_LIMIT = 2**30  # bytes: no file that is read whole is larger
+
+
 class DataError(Exception):
     """Something is wrong with the user's data; the message is one line that names the cure."""
 
+    def __init__(self, text: str):
+        super().__init__(printable(text))
 
-def per_channel(name: str, values, channels: int) -> tuple[float, ...] | None:
+
+def printable(text: str) -> str:
+    """The text with escapes for line breaks and for the bytes of file names that are no UTF-8."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def unreadable(path: str | Path, error: Exception, cure: str) -> DataError:
+    """The error for what cannot be read: `cure`, unless it is merely locked."""
+    cure = "change its permissions" if isinstance(error, PermissionError) else cure
+    return DataError(f"cannot read {path} ({one_line(error)}): {cure}")
+
+
+def no_package(module: str, name: str, error: Exception) -> DataError:
+    """The error for a package, called `name` on PyPI, that is missing or fails when imported."""
+    if isinstance(error, ModuleNotFoundError) and error.name == module:
+        return DataError(f"this data set needs {name}: pip install {name}")
+    text = f"{name} cannot be imported ({type(error).__name__}: {one_line(error)})"
+    return DataError(f"{text}: repair it, for instance with pip install --force-reinstall {name}")
+
+
+def regular(path: Path, limit: float = math.inf) -> os.stat_result:
+    """The status of a regular file. Raises OSError for pipes and devices, which may never end, and for large files."""
+    found, reason = path.stat(), "no regular file"
+    if stat.S_ISREG(found.st_mode):
+        if found.st_size <= limit:
+            return found
+        reason = f"{found.st_size:,} bytes are too many"
+    raise OSError(errno.EINVAL, reason, str(path))
+
+
+def expand(path: str | Path) -> Path:
+    """The path with ~ resolved; that of a user who is none stays."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises
+
+
+def check_memory(n: int, channels: int, img_size: int) -> None:
+    """Raises DataError if so many images exceed the machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**40
+    if n * channels * img_size**2 > memory:
+        text = f"{n:,} images of {img_size}x{img_size} pixels do not fit into {memory >> 30} GiB of memory"
+        raise DataError(f"{text}: choose a smaller img_size")
+
+
+def per_channel(name: str, values: Sequence[float] | None, channels: int) -> tuple[float, ...] | None:
     """The user's mean or std as one value per channel; None stays None. Raises DataError."""
     if values is None:
         return None
-    values = tuple(float(value) for value in values)
-    in_range = all(0 <= value <= 1 for value in values) and (name == "mean" or all(values))
-    if len(values) != channels or not in_range:
+    values = tuple(map(float, values))
+    if len(values) != channels or not all(0 <= v <= 1 and (v or name == "mean") for v in values):
         bounds = "from 0 to 1" if name == "mean" else "from 0 to 1 and not 0"
         raise DataError(f"{name} is {values}: give {channels} value(s), one per channel, {bounds}")
     return values
@@ -35,17 +90,17 @@ def per_channel(name: str, values, channels: int) -> tuple[float, ...] | None:
 class Batches:
     """Passes over a split, as images uint8 (N, C, H, W) and labels int64 (N,); ``len()`` counts the batches.
 
-    A shuffled pass draws one ``torch.randperm`` from the global CPU generator and nothing else: restoring that
-    generator's state repeats the pass.
+    A shuffled pass draws one ``torch.randperm`` from the global CPU generator: restoring its state repeats the pass.
     """
 
-    def __init__(self, split, batch_size: int, shuffle: bool, drop_last: bool, device):
+    def __init__(self, split: "Split", batch_size: int, shuffle: bool, drop_last: bool, device: str | torch.device):
         self.split, self.batch_size, self.shuffle = split, batch_size, shuffle
         self.device = torch.device(device)
         self.kept = len(split) // batch_size * batch_size if drop_last else len(split)
         if not self.kept:
-            text = f"a batch of {batch_size} does not fit into a split of {len(split)} images"
-            raise DataError(f"{text}: choose a smaller batch size")
+            raise DataError(
+                f"a batch of {batch_size} exceeds the split's {len(split)} images: choose a smaller batch size"
+            )
 
     def __len__(self) -> int:
         return -(-self.kept // self.batch_size)
@@ -62,11 +117,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(self, batch_size: int, shuffle=False, drop_last=False, device=None) -> Batches:
-        """Batches on ``device`` (default: the split's), of files decoded by worker processes.
-
-        Raises DataError if there are none (``drop_last``: no full one), and while iterating if a file is damaged.
-        """
+    def batches(
+        self, batch_size: int, shuffle: bool = False, drop_last: bool = False, device: str | torch.device | None = None
+    ) -> Batches:
+        """Batches on ``device`` (default: the split's). Raises DataError if there are none, or a file is damaged."""
         return Batches(self, batch_size, shuffle, drop_last, self.device if device is None else device)
 
 
@@ -81,7 +135,7 @@ class TensorSplit(Split):
     def device(self) -> torch.device:
         return self.images.device
 
-    def to(self, device) -> "TensorSplit":
+    def to(self, device: str | torch.device) -> "TensorSplit":
         return TensorSplit(self.images.to(device), self.labels.to(device))
 
     def take(self, rows: Tensor) -> "TensorSplit":
@@ -93,12 +147,12 @@ class TensorSplit(Split):
         """Itself, as `FileSplit.in_memory`."""
         return self
 
-    def scan(self, batch_size: int, device) -> Iterator[tuple[Tensor, list[tuple[int, str]]]]:
+    def scan(self, batch_size: int, device: str | torch.device) -> Iterator[tuple[Tensor, list[tuple[int, str]]]]:
         """One pass in order: images on `device`, and no unreadable ones, as `FileSplit.scan`."""
         for images, _ in self.batches(batch_size, device=device):
             yield images, []
 
-    def read(self, order: Tensor, batch_size: int, device) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(self, order: Tensor, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         # The order travels once, so that cutting a batch on a GPU never waits for the host.
         for rows in order.to(self.device).split(batch_size):
             yield self.images[rows].to(device), self.labels[rows].to(device)
@@ -114,7 +168,7 @@ class FileSplit(Split):
     channels: int = 3
     device: str | torch.device = "cpu"
 
-    def to(self, device) -> "FileSplit":
+    def to(self, device: str | torch.device) -> "FileSplit":
         return replace(self, device=device)
 
     def take(self, rows: Tensor) -> "FileSplit":
@@ -127,7 +181,7 @@ class FileSplit(Split):
         """The split decoded, if its pixels fit into `limit` bytes, else as it is."""
         return self.decode() if len(self) * self.channels * self.img_size**2 <= limit else self
 
-    def source(self, row: int):
+    def source(self, row: int) -> Path | IO[bytes]:
         """What ``decode`` reads: the path of a file, or a file object."""
         return self.paths[row]
 
@@ -135,41 +189,40 @@ class FileSplit(Split):
         """The image's name for people."""
         return str(self.paths[row])
 
-    def scan(self, batch_size: int, device) -> Iterator[tuple[Tensor, list[tuple[int, str]]]]:
+    def scan(self, batch_size: int, device: str | torch.device) -> Iterator[tuple[Tensor, list[tuple[int, str]]]]:
         """One pass in order: images on ``device``, and the rows that cannot be read (black), each with its reason."""
         order, pin_memory = torch.arange(len(self), device="cpu"), torch.device(device).type == "cuda"
         for images, _, broken in self._loader(order, batch_size, pin_memory):
             yield images.to(device, non_blocking=True), broken
 
-    def read(self, order: Tensor, batch_size: int, device) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(self, order: Tensor, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels, broken in self._loader(order, batch_size, device.type == "cuda"):
             _refuse(broken)
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
     def decode(self) -> TensorSplit:
-        """The whole split in memory. Raises DataError that counts all files it cannot read."""
+        """The whole split in memory. Raises DataError that counts all files it cannot read, or if it does not fit."""
+        check_memory(len(self), self.channels, self.img_size)
         images = torch.empty(len(self), self.channels, self.img_size, self.img_size, dtype=torch.uint8)
-        start, broken = 0, []
+        parts, all_broken = images.split(256), []
         loader = self._loader(torch.arange(len(self), device="cpu"), 256)
-        for batch, _, unreadable in tqdm(loader, "decoding images", leave=False, delay=2, disable=None):
-            broken += unreadable
-            images[start : start + len(batch)] = batch
-            start += len(batch)
-        _refuse(broken)
+        batches = tqdm(loader, "decoding images", leave=False, delay=2, disable=None)
+        for part, (batch, _, broken) in zip(parts, batches, strict=True):
+            part.copy_(batch)
+            all_broken += broken
+        _refuse(all_broken)
         return TensorSplit(images, self.labels)
 
     def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
-        """One batch, made in a worker: images, labels, and rows and reasons of unreadable files.
-
-        Errors come back as values because DataLoader would wrap them into a page of traceback.
-        """
+        """One batch, made in a worker: images, labels, and rows and reasons of unreadable files, not raised there:
+        DataLoader would make a page of traceback of them."""
         shape = (self.img_size, self.img_size, self.channels)
         images, broken = np.zeros((len(rows), *shape), np.uint8), []
         for image, row in zip(images, rows.tolist(), strict=True):
             try:
                 image[:] = decode(self.source(row), self.img_size, self.channels).reshape(shape)
             except Exception as error:  # decoders raise nearly anything on damaged files
-                broken.append((row, f"{self.name(row)} ({one_line(error)})"))
+                broken.append((row, printable(f"{self.name(row)} ({one_line(error)})")))
         images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         return images, self.labels[rows], broken
 
@@ -180,14 +233,24 @@ class FileSplit(Split):
         return DataLoader(self, None, sampler=chunks, num_workers=workers, pin_memory=pin_memory, generator=own)
 
 
-def decode(path, img_size: int, channels: int) -> np.ndarray:
-    """Reads the central square of an image, resized to ``img_size`` (bilinear, antialiased).
+@contextlib.contextmanager
+def open_image(source: Path | IO[bytes]) -> Iterator[Image.Image]:
+    """A picture in one of ``FORMATS``. Raises OSError if it is no regular file, and whatever Pillow raises."""
+    if isinstance(source, Path):
+        regular(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large pictures and odd palettes: several lines for each
+        with Image.open(source, formats=FORMATS) as image:
+            yield image
 
-    ``path`` may be a file object; of an animation the first picture counts. Returns uint8 (img_size, img_size) for one
-    channel, (img_size, img_size, 3) for three. Transparent pixels become white, 16-bit grey is scaled to 8 bits
-    (Pillow alone clips it). Raises whatever Pillow raises on a damaged file, ValueError on pixels of unknown range.
+
+def decode(path: Path | IO[bytes], img_size: int, channels: int) -> np.ndarray:
+    """The central square of an image, resized (bilinear, antialiased): uint8 (img_size, img_size[, 3 of 3 channels]).
+
+    Of an animation the first picture counts. Transparent pixels become white, 16-bit grey is scaled to 8 bits (Pillow
+    clips it). Raises whatever Pillow raises on a damaged file, ValueError on pixels of unknown range.
     """
-    with Image.open(path) as image:
+    with open_image(path) as image:
         if image.mode.startswith("I"):
             values = np.asarray(image)
             if values.min() < 0 or values.max() > 65535:
@@ -211,15 +274,10 @@ def decode(path, img_size: int, channels: int) -> np.ndarray:
 
 
 def channel_statistics(split: TensorSplit | FileSplit) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over all pixels, in units of 0..1.
-
-    Counted as histograms of the 256 values, hence exact and independent of the order.
-    """
-    counts = 0
-    batches = split.batches(256, device="cpu")
+    """Mean and standard deviation of each channel, 0..1, by exact histograms: independent of the images' order."""
+    counts, batches = 0, split.batches(256, device="cpu")
     for images, _ in tqdm(batches, "computing statistics", leave=False, delay=2, disable=None):
-        channels = images.transpose(0, 1).flatten(1)
-        counts += torch.stack([torch.bincount(c, minlength=256) for c in channels])
+        counts += torch.stack([torch.bincount(c, minlength=256) for c in images.transpose(0, 1).flatten(1)])
     weights = counts.double() / counts.sum(1, keepdim=True)
     values = torch.arange(256, dtype=torch.float64) / 255
     mean = weights @ values
@@ -229,16 +287,16 @@ def channel_statistics(split: TensorSplit | FileSplit) -> tuple[list[float], lis
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An error's message without line breaks and its file's name, or its type where it has none."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
 
 
 def _refuse(broken: list[tuple[int, str]]) -> None:
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        raise DataError(f"cannot read image {broken[0][1]}{more}: replace or delete what is broken")
+        raise DataError(f"cannot read image {broken[0][1]}{more}: unlock, replace or delete what is broken")
 
 
 def _cpus() -> int:
-    """CPUs this process may use (a container or a job scheduler can allow fewer than exist)."""
+    """CPUs this process may use, which can be fewer than exist."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,56 +6,65 @@ import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 
-from .folder import SUFFIXES
-from .splits import DataError, FileSplit, one_line
+from .folder import HIDDEN, SUFFIXES, walk
+from .splits import DataError, FileSplit, check_memory, one_line, regular, unreadable
+
+PICTURE_LIMIT = 2**28  # bytes of a file in a zip, unpacked
 
 
 @dataclass
 class WildSplit(FileSplit):
     """Image files below ``root``, a folder, or in the zip ``root``; their labels mean nothing.
 
-    ``paths`` holds the names below root as a numpy array of bytes: millions of Python strings
-    would take ten times the memory, in each worker process again.
+    ``paths``: names below root as a numpy array of bytes; strings would take ten times the memory, in each worker.
     """
 
     root: Path | None = None
 
-    def source(self, row):
+    def source(self, row: int) -> Path | IO[bytes]:
         name = os.fsdecode(self.paths[row])
-        return self.root / name if self.root.is_dir() else _archive(self.root, os.getpid()).open(name)
+        if self.root.is_dir():
+            return self.root / name
+        archive = _archive(self.root, os.getpid())
+        if (size := archive.getinfo(name).file_size) > PICTURE_LIMIT:
+            raise ValueError(f"{size:,} bytes unpacked")
+        return archive.open(name)
 
-    def name(self, row):
+    def name(self, row: int) -> str:
         return f"{self.root}/{os.fsdecode(self.paths[row])}"
 
 
 @functools.lru_cache(maxsize=1)
-def _archive(root, process):
+def _archive(root: Path, process: int) -> zipfile.ZipFile:
     """The open zip, one for each process: those that share a file share its position."""
     return zipfile.ZipFile(root)
 
 
 def open_wild(root: Path, img_size: int, channels: int) -> tuple[WildSplit, str]:
-    """The images of a folder or zip, sorted by name, and a fingerprint of their names and sizes.
+    """The images of a folder or zip, not decoded yet, sorted by name, and a fingerprint of their names and sizes.
 
-    Nothing is decoded yet. Files without an image's ending and hidden ones are left out. Raises
-    DataError if it is neither, or there is no image in it.
+    Only what is named like one counts, and is not hidden. Raises DataError if it is neither, or has no image in it.
     """
+    check_memory(1, channels, img_size)
+    cure = "name a folder, a zip or a data set"
     try:
         if root.is_dir():
             files = _in_folder(root)
-        elif zipfile.is_zipfile(root):
-            with zipfile.ZipFile(root) as archive:
-                files = [(os.fsencode(i.filename), i.file_size, i.CRC) for i in archive.infolist()]
         else:
-            raise DataError(f"image set {root} is damaged or no zip file: name a folder, a zip or a data set")
-    except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"cannot read image set {root} ({one_line(error)}): check it") from None
-    endings = tuple(os.fsencode(suffix) for suffix in SUFFIXES)
-    files = sorted(file for file in files if file[0].lower().endswith(endings) and not _hidden(file[0]))
+            regular(root)
+            with zipfile.ZipFile(root) as archive:
+                found = [i for i in archive.infolist() if _is_image(i.filename)]
+                files = [(os.fsencode(i.filename), i.file_size, i.CRC) for i in found]
+    except OSError as error:
+        raise unreadable(f"image set {error.filename or root}", error, cure) from None
+    except Exception as error:  # zipfile raises nearly anything on damaged files
+        raise DataError(f"image set {root} is damaged or no zip file ({one_line(error)}): {cure}") from None
+    files.sort()
     if not files:
         raise DataError(f"no images in {root}: it needs files such as " + " ".join(SUFFIXES))
     digest = hashlib.sha256()
@@ -66,20 +75,15 @@ def open_wild(root: Path, img_size: int, channels: int) -> tuple[WildSplit, str]
     return WildSplit(names, labels, img_size, channels, root=root), digest.hexdigest()[:16]
 
 
-def _hidden(name: bytes) -> bool:
-    return any(part.startswith((b".", b"__MACOSX")) for part in name.split(b"/"))
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not any(part.startswith(HIDDEN) for part in name.split("/"))
 
 
 def _in_folder(root: Path) -> list[tuple[bytes, int, int]]:
-    """Name below root, size and modification time of every file; links to folders are not followed."""
-    files, folders = [], [os.fsencode(root)]
-    prefix = len(folders[0].rstrip(b"/")) + 1
-    while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                elif entry.is_file():
-                    stat = entry.stat()
-                    files.append((entry.path[prefix:], stat.st_size, stat.st_mtime_ns))
+    """Name below root, size and modification time of every regular file that `walk` finds."""
+    prefix, files = len(os.fsencode(root).rstrip(b"/")) + 1, []
+    for entry in walk(root):
+        if entry.is_file():
+            stat = entry.stat()
+            files.append((os.fsencode(entry.path)[prefix:], stat.st_size, stat.st_mtime_ns))
     return files

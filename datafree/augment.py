@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data import Dataset
+from data.segmentation import Segmentation
+
 
 def random_crop(x: Tensor, padding: int) -> Tensor:
     """Crop each image of x (N, C, H, W) at its own uniform place from a zero-padded copy.
@@ -28,7 +31,7 @@ class _Crop(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, top, left, padding):
+    def forward(ctx, x: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
         ctx.save_for_backward(top, left)
         ctx.padding = padding
         image, channel, row, column = (torch.arange(size, device=x.device) for size in x.shape)
@@ -36,9 +39,8 @@ class _Crop(torch.autograd.Function):
         return F.pad(x, (padding,) * 4)[image[:, None, None, None], channel[:, None, None], rows, columns]
 
     @staticmethod
-    def backward(ctx, gradient):
-        top, left = ctx.saved_tensors
-        p = ctx.padding
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (top, left), p = ctx.saved_tensors, ctx.padding
         return _Crop.apply(gradient, 2 * p - top, 2 * p - left, p), None, None, None
 
 
@@ -93,10 +95,12 @@ class Transform:
     tensors: dict = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def of(cls, data, card: Mapping | None = None, area: float | None = None) -> "Transform":
-        """A data set's transform, with the statistics that the network of this card, if any, was trained with."""
-        card = card or {}
-        return cls(card.get("mean", data.mean), card.get("std", data.std), data.padding, data.flip, area)
+    def of(
+        cls, data: Dataset | Segmentation, metadata: Mapping | None = None, area: float | None = None
+    ) -> "Transform":
+        """A data set's transform, with the statistics that the network of this metadata, if any, was trained with."""
+        known = metadata or {}
+        return cls(known.get("mean", data.mean), known.get("std", data.std), data.padding, data.flip, area)
 
     def __call__(self, x: Tensor, train: bool = False) -> Tensor:
         """(N, C, H, W) uint8 -> float32, normalised, channels_last; augmented if `train`."""
@@ -121,7 +125,7 @@ class Transform:
         mean, std = self._tensors(x)
         return (x * std + mean).clamp(0, 1)
 
-    def _tensors(self, x):
+    def _tensors(self, x: Tensor) -> list[Tensor]:
         """mean and std (C, 1, 1) like x; kept, as each copy to a GPU would wait for it."""
         key = x.device, x.dtype
         if key not in self.tensors:

@@ -1,14 +1,18 @@
 """Checkpoints and records: written whole or not at all, loaded without running code."""
 
+import argparse
 import io
 import json
+import math
 import os
 import pickle
+import platform
 import warnings
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from datafree.errors import UsageError
 
@@ -20,7 +24,7 @@ def write(path: str | Path, content: bytes) -> None:
         UsageError: it cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")  # its own, on a shared disk too
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -34,6 +38,16 @@ def write(path: str | Path, content: bytes) -> None:
             f"cannot write {path} ({error.strerror}): make room or choose another --out; the file from "
             "before is untouched"
         ) from error
+
+
+def check_writable(folder: str | Path, flag: str) -> None:
+    """Make the folder if it is missing. Raises UsageError if it cannot be written to."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder} ({error.strerror}): choose another {flag}") from error
 
 
 def write_json(path: str | Path, content: dict) -> None:
@@ -52,37 +66,53 @@ def read(path: str | Path, device: str | torch.device = "cpu"):
     """The content of a checkpoint file.
 
     Raises:
-        UsageError: the file is missing, truncated, no checkpoint, or would execute code.
+        UsageError: the file is missing, unreadable, truncated, no checkpoint, or would execute code.
     """
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"checkpoint {path} {'is no file' if path.exists() else 'does not exist'}")
+        cure = "name a file of weights" if path.exists() else "make it first, or name another"
+        raise UsageError(f"checkpoint {path} {'is no file' if path.exists() else 'does not exist'}: {cure}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said below, in one line
             return torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "global" in str(error).lower():
+    except PermissionError as error:
+        raise UsageError(f"checkpoint {path} cannot be read ({error.strerror}): change its permissions") from error
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle raises whatever its bytes spell
+        with path.open("rb") as file:
+            pickled = file.read(1) == b"\x80"
+        if isinstance(error, pickle.UnpicklingError) and ("GLOBAL" in str(error) or pickled):
             raise UsageError(
                 f"checkpoint {path} holds code, not only weights, and was not loaded: save its state_dict() alone"
             ) from error
         raise UsageError(f"checkpoint {path} is damaged or no checkpoint: make it again") from error
-    except PermissionError as error:
-        raise UsageError(f"checkpoint {path} cannot be read ({error.strerror}): change its permissions") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise UsageError(f"checkpoint {path} is damaged or no checkpoint: make it again") from error
 
 
-def weights(content, path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict in a checkpoint's content: bare, or under a usual name; 'module.' is stripped."""
+def weights(content, path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint's content: bare, or under a usual name; 'module.' is stripped.
+
+    Raises:
+        UsageError: there is none, or a tensor is not a plain one of finite real numbers.
+    """
     if isinstance(content, dict):
         for key in ("state_dict", "model", "model_state"):
             if isinstance(content.get(key), dict):
                 content = content[key]
                 break
-        if content and all(isinstance(v, torch.Tensor) for v in content.values()):
+        if content and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+            for key, value in content.items():
+                if not is_plain(value) or value.is_complex() or not value.isfinite().all():
+                    what = "is no plain tensor of finite numbers: export the weights again"
+                    raise UsageError(f"checkpoint {path}: {key} {what}")
             return {k.removeprefix("module."): v for k, v in content.items()}
     raise UsageError(f"checkpoint {path} holds no state dict: save model.state_dict()")
+
+
+def is_plain(value: Tensor) -> bool:
+    """Whether a tensor is dense, and neither nested nor quantised."""
+    return value.layout == torch.strided and not value.is_nested and not value.is_quantized
 
 
 def load_weights(model: nn.Module, content, path: str | Path, architecture: str) -> None:
@@ -91,28 +121,62 @@ def load_weights(model: nn.Module, content, path: str | Path, architecture: str)
     Raises:
         UsageError: the weights belong to another architecture or another number of classes.
     """
-    state = weights(content, path)
-    card = content.get("card") or {}
-    made_for = f"a {card['model']}" if "model" in card else "another architecture"
-    own = model.state_dict()
+    state, own = weights(content, path), model.state_dict()
+    metadata = metadata_of(content, path)
+    made_for = f"a {metadata['model']}" if "model" in metadata else "another architecture"
+    cure = "name the architecture that it was trained with"
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         wrong = [k for k, v in state.items() if k in own and own[k].shape != v.shape]
         last = [k for k in own if k.endswith("weight")][-1]
-        if wrong and all(k.startswith(last.rpartition(".")[0]) for k in wrong):
-            raise UsageError(
-                f"checkpoint {path} has {len(state[last])} classes, the data set {len(own[last])}: use "
-                "weights trained for this data set"
-            ) from error
-        raise UsageError(
-            f"checkpoint {path} is for {made_for}, not {architecture}: name the architecture that it was trained with"
-        ) from error
+        if wrong and last in state and state[last].dim() and all(k.startswith(last.rpartition(".")[0]) for k in wrong):
+            text = f"checkpoint {path} has {len(state[last])} classes, the data set {len(own[last])}"
+            raise UsageError(f"{text}: use weights trained for this data set") from error
+        raise UsageError(f"checkpoint {path} is for {made_for}, not {architecture}: {cure}") from error
     if missing or unexpected:
-        raise UsageError(
-            f"checkpoint {path} is for {made_for}, not {architecture} (it lacks {len(missing)} of its "
-            f"tensors and has {len(unexpected)} others): name the architecture that it was trained with"
-        )
+        lack = f"it lacks {len(missing)} of its tensors and has {len(unexpected)} others"
+        raise UsageError(f"checkpoint {path} is for {made_for}, not {architecture} ({lack}): {cure}")
+
+
+def live_state(value) -> dict:
+    """What a saved state of `value` is compared with: its own, and in an optimiser's "state" the parameters."""
+    if isinstance(value, Optimizer):
+        return value.state_dict() | {"state": [p for group in value.param_groups for p in group["params"]]}
+    return value.state_dict() | {name: live_state(getattr(value, name)) for name in getattr(value, "kept", ())}
+
+
+def difference(saved, live, where: str = "") -> str | None:
+    """What keeps a saved state from being loaded where `live` is: the first difference, in words, or None.
+
+    Compared are keys, types, shapes and dtypes; where `live` is None or an empty list its content may be anything.
+    """
+    kind = next((k for k in (bool, int | float, str, Tensor, dict, list | tuple) if isinstance(live, k)), None)
+    if kind is None or kind == (list | tuple) and not live and isinstance(saved, kind):
+        return None
+    if not isinstance(saved, kind) or isinstance(saved, bool) != (kind is bool):
+        return f"{where} is a {type(saved).__name__}, not a {type(live).__name__}"
+    if kind is Tensor and not (is_plain(saved) and (saved.shape, saved.dtype) == (live.shape, live.dtype)):
+        sizes = (f"{list(v.shape)} of {str(v.dtype).removeprefix('torch.')}" for v in (saved, live))
+        return f"{where} is {' not '.join(sizes)}"
+    if kind is dict and saved.keys() != live.keys():
+        return f"{where} has or lacks {', '.join(map(str, saved.keys() ^ live.keys()))}"
+    if kind is dict and "param_groups" in live:
+        slots = {"step", "exp_avg", "exp_avg_sq"} if "betas" in live["param_groups"][0] else {"momentum_buffer"}
+        saved, live, parameters = saved.copy(), live.copy(), live["state"]
+        state = saved["state"] if isinstance(saved["state"], dict) else {None: None}
+        if not all(isinstance(i, int) and 0 <= i < len(parameters) and isinstance(s, dict) for i, s in state.items()):
+            return f"{where}.state is no optimiser's"
+        saved["state"] = state
+        step = torch.zeros(())
+        live["state"] = {i: {k: step if k == "step" else parameters[i] for k in slots} for i in state}
+    if kind in (dict, list | tuple):
+        if len(saved) != len(live):
+            return f"{where} has {len(saved)} parts, not {len(live)}"
+        keys = live if kind is dict else range(len(live))
+        found = (difference(saved[key], live[key], f"{where}.{key}".lstrip(".")) for key in keys)
+        return next(filter(None, found), None)
+    return f"{where} is {saved}" if kind == (int | float) and not math.isfinite(saved) else None
 
 
 def rng_state(device: torch.device) -> dict:
@@ -127,7 +191,7 @@ def restore_rng(state: dict, device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"][0].cpu(), device)
 
 
-def card(model: str, data, transform, **more) -> dict:
+def metadata(model: str, data, transform, **more) -> dict:
     """What a network was trained for, kept beside its weights: plain values only.
 
     Args:
@@ -141,8 +205,37 @@ def card(model: str, data, transform, **more) -> dict:
     return about | more
 
 
-def card_of(args, content) -> dict:
-    """The card in a checkpoint's content, without what the user gives anew in --mean and --std."""
-    given = [key for key in ("mean", "std") if getattr(args, key)]
-    found = content.get("card") if isinstance(content, dict) else None
-    return {k: v for k, v in (found or {}).items() if k not in given}
+def _statistic(values, low: float) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(v, int | float) and low < v <= 1 for v in values)
+
+
+# What may stand in a file's metadata, where it stands there.
+POSSIBLE = {
+    **dict.fromkeys("model dataset run recipe".split(), lambda v: isinstance(v, str)),
+    **dict.fromkeys("num_classes img_size channels".split(), lambda v: isinstance(v, int) and 0 < v <= 2**20),
+    **dict.fromkeys("accuracy mIoU agreement".split(), lambda v: isinstance(v, int | float) and 0 <= v <= 100),
+    "mean": lambda v: _statistic(v, -1e-9),
+    "std": lambda v: _statistic(v, 0),
+    "class_names": lambda v: isinstance(v, list | tuple) and all(isinstance(name, str | int) for name in v),
+    "epoch": lambda v: isinstance(v, int),
+}
+
+
+def metadata_of(content, path: str | Path, args: argparse.Namespace | None = None) -> dict:
+    """The metadata in a checkpoint's content, without what the user gives anew in args.mean and args.std.
+
+    Raises:
+        UsageError: there is nonsense in it.
+    """
+    found = content.get("metadata", content.get("card")) if isinstance(content, dict) else None  # card: its older name
+    if found is None:
+        return {}
+    wrong = [] if isinstance(found, dict) else ["all of it"]
+    found = (
+        {k: v for k, v in found.items() if not (k in ("mean", "std") and getattr(args, k, None))} if not wrong else {}
+    )
+    wrong += [str(k) for k, v in found.items() if k in POSSIBLE and not POSSIBLE[k](v)]
+    if wrong:
+        cure = "save its weights anew, and give --mean and --std"
+        raise UsageError(f"checkpoint {path}: what it says of itself is damaged ({', '.join(wrong)}): {cure}")
+    return found

@@ -1,8 +1,10 @@
 """Command lines: a parser whose flags have one home, names of runs, and how a script ends."""
 
 import argparse
-import errno
+import contextlib
 import hashlib
+import io
+import os
 import re
 import shlex
 import sys
@@ -10,8 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-
-import torch
+from typing import TextIO
 
 from data import DATASETS, SOURCES, TEST_SETS, DataError
 from datafree.errors import TimeLimit, UsageError
@@ -29,30 +30,41 @@ FREE = {
 # fmt: on
 
 
-def number(kind: type, low: float, high: float | None = None, above: bool = False) -> Callable:
-    """An argparse type: an int or float of at least `low` (above it if `above`), at most `high`."""
+def number(kind: type, low: float, high: float = 10**9) -> Callable:
+    """An argparse type: an int or float from `low` to `high`."""
 
     def parse(text):
         value = kind(text)
-        possible = low < value if above else low <= value  # False for NaN as well
-        if not possible or value > (sys.float_info.max if high is None else high):
-            bound = f"{'above' if above else 'at least'} {low}"
-            bound += "" if high is None else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"{text} is impossible: it must be {bound}")
+        if not low <= value <= high:  # NaN as well
+            raise argparse.ArgumentTypeError(f"{text:.40} is impossible: it must be at least {low} and at most {high}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names the type in "invalid int value"
     return parse
 
 
-count, positive, weight = number(int, 1), number(float, 0, above=True), number(float, 0)
-batch, fraction, switch = number(int, 2), number(float, 0, 1), dict(type=int, choices=(0, 1))
+def one_line(message: object) -> str:
+    """A message as one line of at most 2000 characters, with what cannot be printed as its code."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(message).split()))
+    return text if len(text) <= 2000 else f"{text[:998]} ... {text[-997:]}"
+
+
+def path(text: str) -> str:
+    """An argparse type: a path that a file can have."""
+    if not text or "\0" in text or max(map(len, os.fsencode(text).split(b"/"))) > 255:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no path that a file can have")
+    return text
+
+
+count, positive, weight = number(int, 1), number(float, 1e-12), number(float, 0)
+batch, fraction, switch = number(int, 2, 10**6), number(float, 0, 1), dict(type=int, choices=(0, 1))
 fractions = dict(type=fraction, nargs="*", metavar="FRACTION")
 # fmt: off
 # The type of every flag that a recipe sets, by its name; what is not here is a weight of a loss.
 TYPES = {
     **dict.fromkeys("batch_size synthesis_batch_size num_select".split(), batch),
-    **dict.fromkeys("n_epochs epoch_itrs iterations k ep_steps kd_steps g_steps z_rounds nz ngf bank_size n_neg "
+    "n_epochs": number(int, 1, 10**6),
+    **dict.fromkeys("epoch_itrs iterations k ep_steps kd_steps g_steps z_rounds nz ngf bank_size n_neg "
                     "head_dim".split(), count),
     **dict.fromkeys("lr lr_S lr_G lr_Q lr_g lr_z meta_lr_g meta_lr_z T cr_T reptile_factor".split(), positive),
     **dict.fromkeys("warmup phase1_rounds".split(), number(int, 0)),
@@ -116,21 +128,22 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         script: the script's file, whose stem begins the names of its runs.
-        card: its docstring. paper: whose teachers it wants by default (see `teachers.recipe_for`).
+        docstring: its own. paper: whose teachers it wants by default (see `teachers.recipe_for`).
     """
 
-    def __init__(self, script: str, card: str, paper: str = "fast"):
+    def __init__(self, script: str, docstring: str, paper: str = "fast"):
         formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=card, formatter_class=formatter, allow_abbrev=False)
+        super().__init__(description=docstring, formatter_class=formatter, allow_abbrev=False)
         self.script, self.paper = Path(script).stem, paper
 
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (see --help)\n")
 
     def add(self, *rows: tuple[str, str, dict], group: argparse._ActionsContainer | None = None) -> None:
         """Flags of a table: names, help, and what else argparse is told."""
         for names, text, options in rows:
-            (group or self).add_argument(*names.split(), help=text, **options)
+            kind = dict(type=path) if options.get("metavar") in ("FILE", "DIR", "PATH", "SET") else {}
+            (group or self).add_argument(*names.split(), help=text, **(kind | options))
 
     def add_dataset(self, default: str = "digits", none: bool = True) -> None:
         """The data set whose test images score the student; `none`: also without any."""
@@ -140,7 +153,7 @@ class Parser(argparse.ArgumentParser):
         choices = TEST_SETS() if none else tuple(DATASETS)
         self.add(
             ("--dataset", text, dict(choices=choices, default=default)),
-            ("--img_size", "(default: the network's or the data's)", dict(type=number(int, 8))),
+            ("--img_size", "(default: the network's or the data's)", dict(type=number(int, 8, 4096))),
             ("--attribute", "CelebA: the attribute (default: the most balanced)", {}),
             *(NONE if none else ()),
         )
@@ -195,8 +208,8 @@ class Parser(argparse.ArgumentParser):
                 args.img_size = agree_on_size(usual, args.img_size)
             except ValueError as error:
                 self.error(str(error))
-        if set(args.tag) & set("/\\\0") or args.tag.startswith("."):
-            self.error(f"--tag {args.tag!r} is no part of a file name: leave out / and \\")
+        if set(args.tag) & set("/\\\0") or args.tag.startswith(".") or len(args.tag) > 80:
+            self.error(f"--tag {args.tag[:80]!r} is no part of a file name: leave out / and \\, and be short")
         args.run_name = self._name(args, preset, [getattr(args, key) for key in networks], words, {*named, *networks})
         return args
 
@@ -218,12 +231,14 @@ class Parser(argparse.ArgumentParser):
             digest = hashlib.sha256(repr(rest).encode()).hexdigest()[:8]
             words = [f"x{digest}", *(word for word in words if word not in rest)]
         name = "-".join(str(part) for part in (*parts, *words, args.tag) if str(part))
-        return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name)
+        name = "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name)
+        # A file name has up to 255 bytes, and endings follow.
+        return name if len(name) < 200 else f"{name[:180]}-x{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
     def _word(self, args, key, value) -> str:
         if key == "teacher_ckpt":  # its content, wherever it lies
             path = weights_of(value)
-            content = path.read_bytes() if path.is_file() else str(value).encode()
+            content = path.read_bytes() if path.is_file() else os.fsencode(value)
             return f"teacher_{hashlib.sha256(content).hexdigest()[:6]}"
         if value is True:
             return key
@@ -240,7 +255,7 @@ def path_word(path: str) -> str:
     """A word or a path as it was given, as a word: a path's last part, and a hash that tells it from its namesakes."""
     if not set(path) & set("/\\"):
         return path
-    return f"{Path(path).name}_{hashlib.sha256(path.encode()).hexdigest()[:4]}"
+    return f"{Path(path).name}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:4]}"
 
 
 def describe_presets(presets: Mapping[str, Mapping]) -> str:
@@ -258,32 +273,66 @@ def describe_presets(presets: Mapping[str, Mapping]) -> str:
     )
 
 
+class Nowhere(io.TextIOBase):
+    """Takes any text, as /dev/null."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+class Stream:
+    """Standard output or error whose text always goes somewhere: a reader that has gone ends no training."""
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream or Nowhere()  # None: it was closed before the start
+        with contextlib.suppress(AttributeError, ValueError):  # what tests and notebooks put there
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(self.stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, do: Callable, *args):
+        try:
+            return do(*args)
+        except (OSError, ValueError):
+            self.stream = Nowhere()
+
+
+# Where torch says that memory is short in a RuntimeError of no class of its own.
+NO_MEMORY = re.compile("can't allocate memory|out of memory|Storage size calculation overflowed|invalid.*memory size")
+
+
 def cli(main: Callable, parse_args: Callable) -> None:
     """Run `main(parse_args())`; a mistake of the user's ends in one line and exit code 2."""
-    args = parse_args()
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    args = argparse.Namespace()
     try:
+        args = parse_args()
         main(args)
     except (UsageError, DataError) as error:
         _stop(error, 2)
     except TimeLimit as limit:
         _stop(limit, 75)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        cure = "see that it is there and can be read and written, that there is room, or choose another --out"
+        what = f"{error.strerror or error}: {error.filename or 'a file of this run'}"
+        _stop(f"{what}: {cure}; what is saved is whole, --resume goes on from it", 2)
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
+        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
             raise
-        _stop(
-            f"{error.strerror}: {error.filename or 'a file of this run'}: make room or choose another --out; what is "
-            "saved is whole, --resume goes on from it",
-            2,
-        )
-    except torch.OutOfMemoryError:
-        sizes = [
-            f"--{k}" for k in ("batch_size", "synthesis_batch_size", "pool_size", "memory", "img_size") if k in args
-        ]
-        _stop(f"the device's memory is too small for this: lower {' or '.join(sizes)}", 2)
+        flags = "batch_size", "synthesis_batch_size", "pool_size", "bank_size", "memory", "img_size", "nz", "ngf"
+        names = [f"--{k}" for k in flags if k in args]
+        _stop(f"the device's memory is too small for this: lower {' or '.join(names) or 'the sizes'}", 2)
     except KeyboardInterrupt:
         _stop("interrupted; the same command with --resume goes on from the last whole epoch", 130)
 
 
 def _stop(message, code: int) -> None:
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
     sys.exit(code)

@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from datafree.losses import at_least_float32
 
@@ -33,13 +32,9 @@ class BatchNormHooks:
     @contextmanager
     def record(self, statistics: bool = True, layers: Sequence[nn.Module] = ()) -> Iterator[None]:
         """Record, while the block lasts, the BatchNorm statistics, and what `features` shows of these layers."""
-        statistical = self.layers if statistics else []
-        self.statistics, self.means = [None] * len(statistical), [None] * len(layers)
         with ExitStack() as handles:
-            for i, layer in enumerate(statistical):
-                handles.enter_context(_watch(layer, self.statistics, i, _Statistics.apply))
-            for i, layer in enumerate(layers):
-                handles.enter_context(_watch(layer, self.means, i, lambda x: at_least_float32(x).mean((2, 3))))
+            self.statistics = _watch(self.layers if statistics else (), _Statistics.apply, handles)
+            self.means = _watch(layers, lambda x: at_least_float32(x).mean((2, 3)), handles)
             yield
 
     def loss(self) -> Tensor:
@@ -70,33 +65,39 @@ class BatchNormHooks:
         means, self.means = self.means, []
         return torch.cat(means, dim=1)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, list]:
         return {"buffers": self.buffers}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.buffers = state["buffers"]
+    def load_state_dict(self, state: dict[str, list]) -> None:
+        buffers, sizes = state["buffers"], [[m.running_mean.shape] * 2 for m in self.layers]
+        if buffers and [[value.shape for value in pair] for pair in buffers] != sizes:
+            raise ValueError("statistics of other BatchNorm layers")
+        self.buffers = buffers
 
 
-def _watch(layer: nn.Module, values: list, i: int, function: Callable[[Tensor], object]) -> RemovableHandle:
-    """Set values[i], at each pass, to the function of what enters the layer."""
+def _watch(layers: Sequence[nn.Module], function: Callable[[Tensor], object], handles: ExitStack) -> list:
+    """A list that gets, at each pass, the function of what enters each layer, as long as `handles` are open."""
+    values = [None] * len(layers)
+    for i, layer in enumerate(layers):
 
-    def hook(layer, arguments):
-        values[i] = function(arguments[0])
+        def hook(layer: nn.Module, arguments: tuple, i: int = i) -> None:
+            values[i] = function(arguments[0])
 
-    return layer.register_forward_pre_hook(hook)
+        handles.enter_context(layer.register_forward_pre_hook(hook))
+    return values
 
 
 class _Statistics(torch.autograd.Function):
     """Mean and biased variance (C,) of x (N, C, H, W), in float32 at least; backward is one addcmul per element."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
         var, mean = torch.var_mean(at_least_float32(x), (0, 2, 3), correction=0)
         ctx.save_for_backward(x, mean)
         return mean, var
 
     @staticmethod
-    def backward(ctx, g_mean, g_var):
+    def backward(ctx, g_mean: Tensor, g_var: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
         n = x.numel() // x.shape[1]
         slope = 2 / n * g_var

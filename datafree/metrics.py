@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from data import Dataset
+from data.segmentation import Segmentation
 from datafree.runtime import Runtime
 
 EVALUATION_PIXELS = 2**25  # values of a test batch at the most: 1000 images of 32 x 32, 222 of 224 x 224
 
 
 @torch.no_grad()
-def classification_scores(model: nn.Module, data, transform: Callable, runtime: Runtime) -> dict[str, float]:
+def classification_scores(model: nn.Module, data: Dataset, transform: Callable, runtime: Runtime) -> dict[str, float]:
     """Percentages of `model`, in eval mode, on the test split of `data`.
 
     A batch that does not fit into a GPU's memory is halved. `transform`: uint8 images (N, C, H, W) -> network input.
@@ -56,7 +58,9 @@ def agreement(student: nn.Module, teacher: nn.Module, batches: Iterable[Tensor],
 
 
 @torch.no_grad()
-def segmentation_scores(model: nn.Module, data, transform: Callable, runtime: Runtime) -> dict[str, float | None]:
+def segmentation_scores(
+    model: nn.Module, data: Segmentation, transform: Callable, runtime: Runtime
+) -> dict[str, float | None]:
     """Percentages by name of `model`, in eval mode, on the whole images of the test split.
 
     Returns:
@@ -93,7 +97,7 @@ class Confusion:
         counts.index_add_(0, cells, torch.ones_like(cells))
         self.matrix += counts[:-1].view(self.n, self.n)
 
-    def scores(self) -> dict:
+    def scores(self) -> dict[str, float | list[float]]:
         """Fractions by name; class_iou is a list, NaN for a class that occurs nowhere.
 
         mean_iou leaves out such classes (one that is predicted but never true counts as 0), and

@@ -5,19 +5,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+from data import Segmentation
 from datafree.runtime import Runtime
 
 
 def plot_accuracy(path: Path, runs: Mapping[str, Path], column: str = "accuracy", over: str = "seconds") -> None:
     """Draw a test score over seconds or epochs: `runs` maps a label to its metrics.csv."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel=over, ylabel=f"test {column} (%)")
     for label, source in runs.items():
         with Path(source).open(newline="") as file:
@@ -31,9 +30,10 @@ def plot_accuracy(path: Path, runs: Mapping[str, Path], column: str = "accuracy"
 
 @torch.no_grad()
 def side_by_side(
-    folder: Path, networks: Mapping[str, nn.Module], data, transform: Callable, runtime: Runtime, count: int
-) -> None:
-    """Write the first `count` test images of `data`, a segmentation data set, to `folder` as test0000.png ...
+    folder: Path, networks: Mapping[str, nn.Module], data: Segmentation, transform: Callable, runtime: Runtime,
+    count: int,
+) -> None:  # fmt: skip
+    """Write the first `count` test images of `data` to `folder` as test0000.png ...
 
     From left to right: image, ground truth, then the classes that each of `networks` (in eval mode afterwards) sees.
     """

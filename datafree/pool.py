@@ -50,7 +50,7 @@ class ImagePool:
     def _empty(self, n: int, device: str | torch.device, pinned: bool = False) -> Tensor:
         return torch.empty(n, *self.shape, dtype=torch.uint8, device=device, pin_memory=pinned)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.n_near + self.n_far
 
     def add(self, images: Tensor) -> None:
@@ -117,10 +117,10 @@ class ImagePool:
             self.saved = len(self)
             os.truncate(self.path, self.saved * size)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, int]:
         return {"images": len(self)}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, int]) -> None:
         self._reserve(state["images"])
         near, far = self._parts()
         read_rows(self.path, (0, near), (near.numel(), far))

@@ -11,6 +11,7 @@ import datetime
 import io
 import json
 import math
+import os
 import platform
 import re
 import statistics
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -31,12 +33,36 @@ from datafree.plots import plot_accuracy
 from datafree.runtime import Runtime, commit, device_name
 from datafree.visdom import Visdom
 
+ABOUT = ("command", "commit", "versions", "hardware", "precision")  # what each piece of a run says of itself
 SAY_EVERY = 60  # seconds between the lines of a log that is no terminal
+LOCKS: dict[Path, FileLock] = {}  # the runs of this process
 
 
 def run_folder(args: argparse.Namespace) -> Path:
     """The folder of the run with these flags."""
     return Path(args.out) / args.run_name
+
+
+def lock(args: argparse.Namespace, folder: Path | None = None) -> None:
+    """Keep a run's folder (default: that of args) to this process until it ends or the run is finished.
+
+    Raises:
+        UsageError: another process has it, or --out cannot be written.
+    """
+    folder = folder or run_folder(args)
+    path = folder.parent / ".locks" / folder.name
+    holder = path.with_name(f"{path.name}.txt")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        LOCKS[folder] = FileLock(f"{path}.lock", is_singleton=True)  # the system lets go of it when the process dies
+        LOCKS[folder].acquire(blocking=False)
+        checkpoint.write(holder, f"process {os.getpid()} on {platform.node()}".encode())
+    except Timeout as error:
+        who = holder.read_text(errors="replace") if holder.is_file() else "another process"
+        cure = "wait for it, or give this run a --tag or another --seed"
+        raise UsageError(f"{folder} is being written by {who}: {cure}") from error
+    except OSError as error:
+        raise UsageError(f"cannot write to {args.out} ({error.strerror}): choose another --out") from error
 
 
 def finished(args: argparse.Namespace) -> dict | None:
@@ -46,9 +72,9 @@ def finished(args: argparse.Namespace) -> dict | None:
         return None
     try:
         result = json.loads(path.read_text())
-    except ValueError as error:
+        print(f"{path.parent} is finished: last {result['last']:.2f}, best {result['best']:.2f}; nothing is changed")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UsageError(f"{path} is damaged ({error}): delete it to finish the run again") from error
-    print(f"{path.parent} is finished: last {result['last']:.2f}, best {result['best']:.2f}; nothing is changed")
     return result
 
 
@@ -99,6 +125,7 @@ class Run:
             names = " or ".join(p.name for p in others)
             raise UsageError(f"--resume: which run is to go on, {names}? Rename its folder to {self.name}")
         for other in others:
+            lock(self.args, other)
             other.rename(self.folder)
             result = self.folder / "result.json"
             if result.exists():
@@ -127,40 +154,71 @@ class Run:
         # Plain strings: a checkpoint holds no code.
         versions = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
         versions["python"] = platform.python_version()
-        about = {"command": self.args.command, "commit": commit(), "versions": versions}
-        about |= {"hardware": device_name(self.runtime.device), "precision": self.runtime.precision}
-        self.pieces.append({"epochs": [self.next_epoch + 1, self.next_epoch], **about, "seconds": 0.0})
+        about = self.args.command, commit(), versions, device_name(self.runtime.device), self.runtime.precision
+        epochs = [self.next_epoch + 1, self.next_epoch]
+        self.pieces.append(dict(zip(ABOUT, about, strict=True)) | dict(epochs=epochs, seconds=0.0))
         if self.args.visdom:
             self.visdom = Visdom(self.args.visdom, self.name, self.folder / "visdom.log", self.log, self.rows)
         return self.next_epoch
 
     def _restore(self) -> None:
         content = checkpoint.read(self.last, self.runtime.device)
-        state = content.get("run")
+        state = content.get("run") if isinstance(content, dict) else None
         if state is None:
             raise UsageError(f"{self.last} holds weights and no run: leave --resume out")
-        free, now, old = FREE | {"n_epochs", "teacher_ckpt", "cmi_init"}, self.flags, state["args"]
-        changed = ", ".join(f"--{k} was {v}" for k, v in old.items() if k not in free and now.get(k, v) != v)
-        if changed:
-            cure = "give the same flags, or leave --resume out"
-            raise UsageError(f"--resume with other flags than the run's: {changed}: {cure}")
-        for name, value in self.states.items():
-            value.load_state_dict(state["states"][name])
-        checkpoint.restore_rng(state["rng"], self.runtime.device)
-        self.next_epoch, self.percent = content["epoch"] + 1, content["card"].get(self.column)
+        if not (wrong := self._damage(content)):
+            self._compare(state["args"])
+            try:
+                for name, value in self.states.items():
+                    value.load_state_dict(state["states"][name])
+                checkpoint.restore_rng(state["rng"], self.runtime.device)
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                wrong = str(error).partition("\n")[0]
+        if wrong:
+            text = f"{self.last} is damaged or of another version ({wrong}); {self.best.name} and earlier results are"
+            raise UsageError(f"{text} untouched: leave --resume out to start again, which sets this run aside")
+        self.next_epoch, self.percent = content["epoch"] + 1, content["metadata"].get(self.column)
         self.best_score, self.best_epoch = state["best_score"], state["best_epoch"]
-        self.pieces = state["pieces"]
-        self._cut_metrics()
+        self.pieces, self.rows = state["pieces"], state["rows"]
+        self._write_rows()  # as the checkpoint knows them, whatever became of the file
         first = "before the end of what precedes the first epoch"
         self.log(f"resumed {f'after epoch {self.next_epoch}' if self.next_epoch else first}")
 
-    def _cut_metrics(self) -> None:
-        """Drop the rows of epochs behind the checkpoint: they are run again."""
-        path = self.folder / "metrics.csv"
-        if path.exists():
-            with path.open(newline="") as file:
-                self.rows = [r for r in csv.DictReader(file) if int(r["epoch"]) <= self.next_epoch]
-            self._write_rows()
+    def _damage(self, content: dict) -> str | None:
+        """What is wrong with a checkpoint, in words: nothing of it is loaded before this is None."""
+        states = {name: checkpoint.live_state(value) for name, value in self.states.items()}
+        rng = dict(cpu=torch.get_rng_state(), cuda=None)
+        run = dict(states=states, rng=rng, pieces=None, rows=None, args=None, best_score=None, best_epoch=None)
+        if wrong := checkpoint.difference(content, dict(state_dict=None, metadata=None, epoch=0, run=run)):
+            return wrong
+        epoch, run, metadata = content["epoch"], content["run"], content["metadata"]
+        if type(epoch) is not int or not -1 <= epoch < self.args.n_epochs:
+            return f"epoch {epoch} of {self.args.n_epochs}"
+        piece = dict(epochs=[0, 0], seconds=0.0, **dict.fromkeys(ABOUT))
+        kinds = dict(args=(run["args"], dict), best_score=(run["best_score"], float), metadata=(metadata, dict))
+        kinds |= dict(pieces=(run["pieces"], list), rows=(run["rows"], list), cuda=(run["rng"]["cuda"], list))
+        for name, (value, kind) in kinds.items():
+            if not isinstance(value, kind):
+                return f"{name} is a {type(value).__name__}"
+        for i, made in enumerate(run["pieces"]):
+            if wrong := checkpoint.difference(made, piece, f"pieces.{i}"):
+                return wrong
+        numbers = [row.get("epoch") if isinstance(row, dict) else row for row in run["rows"]]
+        if numbers != list(range(1, epoch + 2)) or not all(self.column in row for row in run["rows"]):
+            return f"rows of epochs {numbers[:3]} ..., not of 1 to {epoch + 1}"
+        if epoch >= 0 and not isinstance(metadata.get(self.column), int | float):
+            return f"no {self.column} in its metadata"
+        return None
+
+    def _compare(self, old: dict) -> None:
+        """Raise UsageError where a flag, the data or the teacher is not the run's."""
+        free = FREE | {"n_epochs", "teacher_ckpt", "cmi_init"}
+        names = {"teacher_sha256": "the teacher's weights (SHA-256)", "fingerprint": "the data (fingerprint)"}
+        changed = [k for k, v in old.items() if k not in free and self.flags.get(k, v) != v]
+        changed = ", ".join(f"{names.get(k, f'--{k}')} was {old[k]}, not {self.flags[k]}" for k in changed)
+        if changed:
+            cure = "give the same again, or leave --resume out"
+            raise UsageError(f"--resume with something else than the run's: {changed}: {cure}")
 
     def seconds(self) -> float:
         """Wall time of this run, earlier pieces included."""
@@ -169,7 +227,7 @@ class Run:
     def log(self, text: str) -> None:
         """A line for people, on the screen and in log.txt."""
         tqdm.write(text)
-        with (self.folder / "log.txt").open("a") as file:
+        with (self.folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text + "\n")
 
     def progress(self, iterations: list[int], batch_size: int, done: int = 0) -> None:
@@ -204,13 +262,13 @@ class Run:
         text += f"{rate * self.images_per_iteration:.0f} images/s, {left} left, loss {float(loss):.3f}"
         self.log(text)
 
-    def end_epoch(self, epoch: int, percent: float, losses: Mapping, model: nn.Module, card: dict, **more) -> None:
+    def end_epoch(self, epoch: int, percent: float, losses: Mapping, model: nn.Module, metadata: dict, **more) -> None:
         """Record an epoch: checks, metrics.csv, best.pt, last.pt, the curves; in that order.
 
         Args:
             epoch: from 0. percent: the test score.
             losses: name -> mean over the epoch (0-d tensor or number).
-            model: what best.pt keeps; `card` (plain values) says what it is.
+            model: what best.pt keeps; `metadata` (plain values) says what it is.
             more: further columns of metrics.csv.
 
         Raises:
@@ -222,11 +280,11 @@ class Run:
         row = {"epoch": epoch + 1, "seconds": round(self.seconds(), 3), self.column: percent, **losses, **more}
         self.rows.append(row)
         self._write_rows()
-        card = {**card, self.column: percent, "epoch": epoch + 1}
+        metadata = {**metadata, self.column: percent, "epoch": epoch + 1}
         if percent > self.best_score:
             self.best_score, self.best_epoch = percent, epoch + 1
-            checkpoint.save({"state_dict": model.state_dict(), "card": card}, self.best)
-        self._save(epoch, states, model, card)
+            checkpoint.save({"state_dict": model.state_dict(), "metadata": metadata}, self.best)
+        self._save(epoch, states, model, metadata)
         self.next_epoch, self.percent = epoch + 1, percent
         if self.bar is not None:
             self.facts["score"] = f"{percent:.2f}"
@@ -238,9 +296,9 @@ class Run:
         if self.next_epoch < (self.args.n_epochs or math.inf):
             self.check_time()
 
-    def save_first(self, losses: Mapping, model: nn.Module, card: dict) -> None:
+    def save_first(self, losses: Mapping, model: nn.Module, metadata: dict) -> None:
         """Keep what was made so far for the first epoch; the arguments are as `end_epoch`'s."""
-        self._save(-1, self._states(0, {k: float(v) for k, v in losses.items()}), model, card)
+        self._save(-1, self._states(0, {k: float(v) for k, v in losses.items()}), model, metadata)
         self.check_time()
 
     def check_time(self) -> None:
@@ -273,7 +331,7 @@ class Run:
             raise UsageError(f"{what}: lower the learning rate, or try --precision fp32")
         return states
 
-    def _save(self, epoch: int, states: dict, model: nn.Module, card: dict) -> None:
+    def _save(self, epoch: int, states: dict, model: nn.Module, metadata: dict) -> None:
         for state in self.states.values():
             if hasattr(state, "flush"):
                 state.flush()
@@ -281,8 +339,8 @@ class Run:
         piece["epochs"][1], piece["seconds"] = epoch + 1, round(time.perf_counter() - self.started, 1)
         best = dict(best_score=self.best_score, best_epoch=self.best_epoch)
         rng = checkpoint.rng_state(self.runtime.device)
-        run = dict(states=states, rng=rng, pieces=self.pieces, args=self.flags, **best)
-        checkpoint.save(dict(state_dict=model.state_dict(), card=card, epoch=epoch, run=run), self.last)
+        run = dict(states=states, rng=rng, pieces=self.pieces, rows=self.rows, args=self.flags, **best)
+        checkpoint.save(dict(state_dict=model.state_dict(), metadata=metadata, epoch=epoch, run=run), self.last)
 
     def _write_rows(self) -> None:
         """metrics.csv as a whole: a killed run leaves no half row."""
@@ -325,6 +383,7 @@ class Run:
         }
         # fmt: on
         checkpoint.write_json(self.folder / "result.json", result)
+        LOCKS[self.folder].release(force=True)
         scores = f"last {self.percent:.2f} %, best {self.best_score:.2f} % (epoch {self.best_epoch})"
         self.log(f"{scores}, {self.seconds():.0f} s: {self.folder / 'result.json'}")
         return result

@@ -1,5 +1,7 @@
 """Teachers: the recipes that train them, their files, and how a student's run loads one."""
 
+import argparse
+import contextlib
 import hashlib
 import math
 import socket
@@ -14,17 +16,11 @@ from data import SOURCES
 from datafree import checkpoint
 from datafree.errors import UsageError
 
-SGD = dict(
-    optimizer="sgd",
-    lr=0.1,
-    weight_decay=5e-4,
-    batch_size=128,
-    n_epochs=200,
-    schedule="steps",
-    milestones=[0.4, 0.6],
-    gamma=0.1,
-)
+# fmt: off
+SGD = dict(optimizer="sgd", lr=0.1, weight_decay=5e-4, batch_size=128, n_epochs=200, schedule="steps",
+           milestones=[0.4, 0.6], gamma=0.1)
 ADAM = SGD | dict(optimizer="adam", lr=1e-3, weight_decay=0.0, batch_size=256, n_epochs=10, milestones=[])
+# fmt: on
 RECIPES = {
     "dafl-mnist": ADAM,
     "dfad-mnist": ADAM | dict(optimizer="sgd", lr=0.01, weight_decay=1e-4),
@@ -75,12 +71,11 @@ def save_teacher(best: Path, target: Path) -> str:
     """Copy a run's best weights to where students look for them; returns a line that says what they replace."""
     text = f"weights of the best epoch: {target}"
     if target.exists():
-        try:
-            card = checkpoint.read(target).get("card") or {}
-        except (UsageError, AttributeError):  # damaged, or no teacher: good that it goes
-            card = {}
-        score = card.get("accuracy", card.get("mIoU", math.nan))
-        known = f"{card.get('run', 'a run')}, epoch {card.get('epoch', '?')}, {score:.2f} %" if card else "unknown"
+        found = {}
+        with contextlib.suppress(UsageError):  # damaged, or no teacher: good that it goes
+            found = checkpoint.metadata_of(checkpoint.read(target), target)
+        score = found.get("accuracy", found.get("mIoU", math.nan))
+        known = f"{found.get('run', 'a run')}, epoch {found.get('epoch', '?')}, {score:.2f} %" if found else "unknown"
         text += f", in place of others ({known})"
     checkpoint.save(checkpoint.read(best), target)
     return text
@@ -91,7 +86,15 @@ def weights_of(path: str | Path) -> Path:
     return Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
 
 
-def find_teacher(args, script: str = "teacher_train.py") -> Path:
+def own_weights(args: argparse.Namespace) -> Path:
+    """What --evaluate_only scores: --ckpt, else the run's best weights. Raises UsageError if there are none."""
+    path = weights_of(args.ckpt) if args.ckpt else Path(args.out) / args.run_name / "best.pt"
+    if not path.exists():
+        raise UsageError(f"{path} does not exist: give the flags of the run, or its weights as --ckpt FILE")
+    return path
+
+
+def find_teacher(args: argparse.Namespace, segmentation: bool = False) -> Path:
     """The teacher's file: --teacher_ckpt, else the recipe's in --checkpoints, else the one that is shipped.
 
     Raises:
@@ -121,14 +124,14 @@ def find_teacher(args, script: str = "teacher_train.py") -> Path:
     recipe = f" --recipe {args.teacher_recipe}" if args.teacher_recipe else ""
     if args.teacher_recipe == "torchvision":
         recipe = " --pretrained" if args.teacher in PRETRAINED else " --recipe imagenet"
-    raise UsageError(
-        f"teacher {path} does not exist: make it with `python {script} --dataset {args.dataset} "
-        f"--model {args.teacher}{recipe}`, or give --teacher_ckpt FILE"
-    )
+    command = f"python teacher_train{'_seg' * segmentation}.py --dataset {args.dataset} --model {args.teacher}{recipe}"
+    raise UsageError(f"teacher {path} does not exist: make it with `{command}`, or give --teacher_ckpt FILE")
 
 
-def load_teacher(args, path: Path, content: dict, build: Callable[[str, int, int], nn.Module], data) -> tuple:
-    """The frozen teacher in eval mode, its card, and what a record says of its weights.
+def load_teacher(
+    args: argparse.Namespace, path: Path, content: dict, build: Callable[[str, int, int], nn.Module], data
+) -> tuple[nn.Module, dict]:
+    """The frozen teacher in eval mode, and what a record says of its weights.
 
     Args:
         path, content: its file, and what `checkpoint.read` found in it.
@@ -139,26 +142,18 @@ def load_teacher(args, path: Path, content: dict, build: Callable[[str, int, int
     """
     teacher = build(args.teacher, data.num_classes, data.channels)
     checkpoint.load_weights(teacher, content, path, args.teacher)
-    card = checkpoint.card_of(args, content)
-    if card.get("img_size", data.img_size) != data.img_size:
-        raise UsageError(
-            f"teacher {path} was trained on images of {card['img_size']} pixels, not {data.img_size}: "
-            f"give --img_size {card['img_size']}"
-        )
-    known = card.get("class_names")
-    if known and data.name != "none" and list(known) != list(data.class_names):
-        raise UsageError(
-            f"teacher {path} knows the classes {_few(known)} of {card.get('dataset')}, not "
-            f"{_few(data.class_names)} of {args.dataset}: name its own data set (or --attribute), or "
-            "another teacher"
-        )
-    record = {
-        "file": path.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        **{k: card.get(k) for k in ("recipe", "run", "epoch")},
-        "card_score": card.get("accuracy", card.get("mIoU")),
-    }
-    return teacher.eval().requires_grad_(False), card, record
+    known = checkpoint.metadata_of(content, path, args)
+    if (size := known.get("img_size", data.img_size)) != data.img_size:
+        text = f"teacher {path} was trained on images of {size} pixels, not {data.img_size}"
+        raise UsageError(f"{text}: give --img_size {size}")
+    names = known.get("class_names")
+    if names and data.name != "none" and list(names) != list(data.class_names):
+        classes = f"{_few(names)} of {known.get('dataset')}, not {_few(data.class_names)} of {args.dataset}"
+        cure = "name its own data set (or --attribute), or another teacher"
+        raise UsageError(f"teacher {path} knows the classes {classes}: {cure}")
+    record = dict(file=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    record |= {k: known.get(k) for k in ("recipe", "run", "epoch")}
+    return teacher.eval().requires_grad_(False), record | {"card_score": known.get("accuracy", known.get("mIoU"))}
 
 
 def _few(names) -> str:

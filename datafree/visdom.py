@@ -1,16 +1,24 @@
 """Live curves and images on a visdom server, or in a log that it replays later."""
 
+import contextlib
 import logging
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+PATIENCE = 10.0  # seconds that a run waits for its server, all in all
+PROMPT = 0.25  # seconds: an answer within them is no waiting
+ANSWER = 2**16  # bytes: the longest answer of a server
+
 
 class Visdom:
     """Curves and image grids on a visdom server, or in a log file to replay on one later.
 
-    The package is imported by the first object; where it or the server is missing, that costs one line, never the run.
+    The package is imported by the first object; where it or the server is missing, that costs one line, never the
+    run: a server that answers slowly, endlessly or never takes `PATIENCE` seconds of it, and then the log takes over.
 
     Args:
         port: the server's, on this machine. env: the environment to draw in: the run's name. path: the log file.
@@ -23,8 +31,10 @@ class Visdom:
         self.curves, self.pictures, self.in_log = {}, {}, {}
         try:
             self.Client = self._client_class()
-        except ImportError:
-            log("visdom is not installed: no live curves (pip install visdom)")
+        except Exception as error:  # a broken installation raises nearly anything
+            missing = isinstance(error, ModuleNotFoundError) and error.name == "visdom"
+            reason = "is not installed" if missing else f"cannot be imported ({type(error).__name__}: {error})"
+            log(f"visdom {reason}: no live curves (pip install {'' if missing else '--force-reinstall '}visdom)")
             return
         logging.getLogger("visdom").setLevel(logging.CRITICAL)
         try:
@@ -39,12 +49,29 @@ class Visdom:
         import visdom
 
         class Client(visdom.Visdom):
+            patience = PATIENCE
+
             def _handle_post(self, url, data=None):
+                # A server that trickles bytes keeps each of requests' own time limits: the thread is left to it.
+                start, answers = time.monotonic(), []
+                thread = threading.Thread(target=self._post, args=(url, data, answers), daemon=True)
+                thread.start()
+                thread.join(self.patience)
+                took = time.monotonic() - start
+                self.patience -= took if took > PROMPT else 0
+                if not answers or self.patience <= 0:
+                    raise ConnectionError("no answer in time")
+                return answers[0]
+
+            def _post(self, url, data, answers):
                 # visdom itself would ask a proxy for this machine, wait for ever, and take an error page for success.
                 self.session.trust_env = False
-                answer = self.session.post(url, data=data, timeout=10)
-                answer.raise_for_status()
-                return answer.text
+                options = dict(timeout=PATIENCE, stream=True, allow_redirects=False)
+                plain = {"Accept-Encoding": "identity"}
+                with contextlib.suppress(Exception), self.session.post(url, data, headers=plain, **options) as answer:
+                    content = answer.raw.read(ANSWER + 1)
+                    if answer.status_code == 200 and len(content) <= ANSWER:
+                        answers.append(content.decode())
 
         return Client
 
@@ -53,17 +80,23 @@ class Visdom:
         self.log(f"{reason}: curves go to {self.path}, visdom.Visdom(port={self.port}).replay_log(FILE) shows them")
         # What a lost server was shown is lost with it.
         for name in self.curves:
-            self._draw_curve(name)
+            self._send(self._draw_curve, name)
         for name in self.pictures:
-            self._draw_images(name)
+            self._send(self._draw_images, name)
 
     def _send(self, draw: Callable[[str], None], name: str) -> None:
         if self.client is None:
             return
         try:
+            if self.client.offline and self.path.exists() and not self.path.is_file():
+                raise OSError("no regular file")  # writing to a pipe may never end
             draw(name)
-        except Exception:  # a server that went away must not end the run
-            self._go_offline("the visdom server went away")
+        except Exception as error:  # neither a server nor a log that went away may end the run
+            if not self.client.offline:
+                self._go_offline("the visdom server went away")
+                return
+            self.client = None
+            self.log(f"cannot write {self.path} ({getattr(error, 'strerror', None) or error}): no live curves any more")
 
     def curve(self, name: str, x: int, y: float) -> None:
         """Append the point (x, y) to the window `name`."""

@@ -1,29 +1,17 @@
 """Networks by name: `get_model`, `get_generator` and `get_segmenter`; `register` adds one's own.
 
-A classifier maps images to logits: `model(x)`, or `model(x, return_features=True)` for the pair
-(logits, features), where features (N, D) is what the last linear layer sees. A segmentation
-network (`get_segmenter`) maps images (N, 3, H, W) to logits (N, classes, H, W).
-
-Each file of this folder registers its networks beside their definitions; from elsewhere it is
-`models.register("my_net", MyNet)` before a script's `parse_args`.
+A classifier maps images to logits: `model(x)`, or `model(x, return_features=True)` for the pair (logits, features),
+where features (N, D) is what the last linear layer sees. A segmentation network maps images to logits (N, classes, H,
+W). Each file registers its networks beside their definitions; from elsewhere it is `models.register("my_net", MyNet)`.
 """
 
-# ruff: noqa: F401, what is imported here is what the package offers
+# ruff: noqa: F401, I001, what is imported here is what the package offers
 from importlib import import_module
 from pkgutil import iter_modules
 
 from .generator import UpsampleConv2d, set_folded
-from .registry import (
-    GENERATORS,
-    MODELS,
-    SEGMENTERS,
-    agree_on_size,
-    get_generator,
-    get_model,
-    get_segmenter,
-    input_size,
-    register,
-)
+from .registry import GENERATORS, MODELS, SEGMENTERS, agree_on_size, get_generator, get_model, get_segmenter
+from .registry import input_size, register
 
 for file in iter_modules(__path__):
     import_module(f"{__name__}.{file.name}")

@@ -1,10 +1,10 @@
 """AlexNet and AlexNet-half, DAFL's CelebA pair (2 classes, 224-pixel images).
 
-Layers and parameter names of torchvision's AlexNet (Krizhevsky 2014, One weird trick); the half has
-half of every width. Other widths are why torchvision's class itself is not used.
+Layers and parameter names of torchvision's AlexNet (Krizhevsky 2014, One weird trick), whose class has fixed widths;
+the half has half of each.
 """
 
-from torch import nn
+from torch import Tensor, nn
 
 from .registry import register
 
@@ -12,7 +12,7 @@ from .registry import register
 class AlexNet(nn.Module):
     """Images (N, channels, S, S), S >= 63 -> logits; features are (N, 4096), half: (N, 2048)."""
 
-    def __init__(self, num_classes=10, channels=3, divide=1):
+    def __init__(self, num_classes: int = 10, channels: int = 3, divide: int = 1):
         super().__init__()
         a, b, c, d, hidden = (w // divide for w in (64, 192, 384, 256, 4096))
         # fmt: off
@@ -30,7 +30,7 @@ class AlexNet(nn.Module):
         )
         # fmt: on
 
-    def forward(self, x, return_features=False):
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         x = self.avgpool(self.features(x)).flatten(1)
         features = self.classifier[:-1](x)
         logits = self.classifier[-1](features)

@@ -1,47 +1,47 @@
 """Image generators of the methods.
 
-- `GeneratorA`, `GeneratorB`: Data-Free Adversarial Distillation (Fang et al. 2019); A for the MNIST
-  and CIFAR rows, B for Caltech101, CamVid and NYUv2. `GeneratorA(bn_eps=0.8)` is the generator of
-  DAFL, Data-Free Learning of Student Networks (Chen et al. 2019).
-- `FastGenerator`, `DeepGenerator`: Up to 100x Faster Data-Free Knowledge Distillation (Fang et al.
-  2022), for its 32-pixel rows and its ImageNet rows. `FastGenerator(widen=2)` is the larger one
-  of CMI, Contrastive Model Inversion (Fang et al. 2021).
+- `GeneratorA`, `GeneratorB`: Data-Free Adversarial Distillation (Fang et al. 2019); A for the MNIST and CIFAR rows, B
+  for Caltech101, CamVid and NYUv2. `GeneratorA(bn_eps=0.8)` is that of DAFL (Chen et al. 2019).
+- `FastGenerator`, `DeepGenerator`: Up to 100x Faster Data-Free Knowledge Distillation (Fang et al. 2022), for its
+  32-pixel and its ImageNet rows. `FastGenerator(widen=2)` is the larger one of Contrastive Model Inversion (Fang et al.
+  2021).
 - `ZSKTGenerator`: zero-shot knowledge transfer (Micaelli and Storkey 2019) as MMRazor sets it.
 
-Every generator has `nz`, `img_size`, `channels` and `latents(n)`; calling it on latents gives
-images (N, channels, img_size, img_size) in channels_last memory.
+Every generator has `nz`, `img_size`, `channels`, `latent_shape` and `latents(n)`; calling it on latents (N, nz) or
+(N, nz, 1, 1) gives images (N, channels, img_size, img_size) in channels_last memory.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from .layers import init_weights
 from .registry import GENERATORS, register
 
 
 class UpsampleConv2d(nn.Conv2d):
     """Nearest x2 upsampling and a 3x3 convolution (padding 1), (N, C, H, W) -> (N, K, 2H, 2W).
 
-    Each output pixel sees only 2x2 different input pixels, so both steps together equal one
-    transposed convolution, kernel 4, stride 2, padding 1, whose kernel sums the 3x3 one over 2x2
-    shifts: 4 instead of 9 multiply-adds per output, and no enlarged input to store. The result
-    differs by rounding alone. Weights keep the 3x3 form; `folded = False` computes the two steps.
+    Each output pixel sees only 2x2 different input pixels, so both steps together equal one transposed convolution,
+    kernel 4, stride 2, padding 1, whose kernel sums the 3x3 one over 2x2 shifts: 4 instead of 9 multiply-adds per
+    output, and no enlarged input to store. It differs by rounding alone. `folded = False` computes the two steps.
     """
 
-    def __init__(self, in_channels, out_channels, bias=True):
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
         super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
         self.folded = True
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not self.folded:
             return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
         if self.bias is None:
             return self.convolve(x)
         return _BiasGradient.apply(self.convolve(x, self.bias.detach()), self.bias)
 
-    def convolve(self, x, bias=None):
+    def convolve(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The folded computation with another bias than the module's, or none."""
         # Sums over 2x2 windows; folded before autocast rounds, hence in the weight's own type.
         kernel = F.avg_pool2d(self.weight, 2, stride=1, padding=1, divisor_override=1)
@@ -51,16 +51,15 @@ class UpsampleConv2d(nn.Conv2d):
 class _BiasGradient(torch.autograd.Function):
     """Maps y (N, C, H, W), to which a bias (C,) was added, to itself; gives the bias its gradient.
 
-    The CPU library's own takes as long as the gradients of input and weight together; as a matrix
-    product it costs next to nothing.
+    The CPU library's own takes as long as the gradients of input and weight together, a matrix product next to nothing.
     """
 
     @staticmethod
-    def forward(ctx, y, bias):
+    def forward(ctx, y: Tensor, bias: Tensor) -> Tensor:
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         flat = gradient.permute(0, 2, 3, 1).reshape(-1, gradient.shape[1])
         return gradient, (flat.new_ones(1, len(flat)) @ flat).view(-1)
 
@@ -68,15 +67,15 @@ class _BiasGradient(torch.autograd.Function):
 class ToImage(nn.Conv2d):
     """The last 3x3 convolution (padding 1), (N, C, H, W) -> (N, K, H, W).
 
-    To a single channel the CPU library is slow: there, if `folded`, a matrix product computes the
-    9 products per pixel, (N H W, C) x (C, 9), and a convolution with zeros and ones sums them.
+    To a single channel the CPU library is slow: there, if `folded`, a matrix product computes the 9 products per pixel,
+    (N H W, C) x (C, 9), and a convolution with zeros and ones sums them.
     """
 
-    def __init__(self, in_channels, out_channels):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 3, padding=1)
         self.folded = True
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not self.folded or self.out_channels > 1 or x.device.type != "cpu":
             return super().forward(x)
         products = x.permute(0, 2, 3, 1) @ self.weight.permute(1, 2, 3, 0).flatten(1)
@@ -84,7 +83,7 @@ class ToImage(nn.Conv2d):
         return F.conv2d(products.permute(0, 3, 1, 2), shifts, self.bias, padding=1)
 
 
-def set_folded(module, folded):
+def set_folded(module: nn.Module, folded: bool) -> nn.Module:
     """Switch all of `module` to the fast computation of the same thing, or to the plain one."""
     for m in module.modules():
         if isinstance(getattr(m, "folded", None), bool):
@@ -93,47 +92,42 @@ def set_folded(module, folded):
 
 
 class Generator(nn.Module):
-    """What the generators share: sizes, and how latents are drawn.
-
-    Raises ValueError when `img_size` is not a multiple of `stride`, the whole upsampling factor.
-    """
+    """What all share. Raises ValueError when `img_size` is not a multiple of `stride`, the whole upsampling factor."""
 
     stride = 4
 
-    def __init__(self, nz, img_size, channels):
+    def __init__(self, nz: int, img_size: int, channels: int):
         super().__init__()
         if img_size < self.stride or img_size % self.stride:
             raise ValueError(f"{type(self).__name__} needs img_size to be a multiple of {self.stride}, got {img_size}")
         self.nz, self.img_size, self.channels = nz, img_size, channels
-        self.init_size = img_size // self.stride
+        self.init_size, self.latent_shape = img_size // self.stride, (nz,)
 
-    def latents(self, n, device=None, generator=None):
-        """n standard normal latents, shape (n, nz); `generator` is a torch.Generator or None."""
-        return torch.randn(n, self.nz, device=device, generator=generator)
+    def latents(self, n: int, device: torch.device | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """n standard normal latents, shape (n, *latent_shape)."""
+        return torch.randn(n, *self.latent_shape, device=device, generator=generator)
 
-    def to_map(self, x):
+    def to_map(self, x: Tensor) -> Tensor:
         """Features (N, C * init_size**2) as a map (N, C, init_size, init_size), channels_last."""
         x = x.view(len(x), -1, self.init_size, self.init_size)
         return x.contiguous(memory_format=torch.channels_last)
 
 
-def _leaky():
-    return nn.LeakyReLU(0.2, inplace=True)
+leaky = partial(nn.LeakyReLU, 0.2, inplace=True)
 
 
-def _doubled(c_in, c_out, bias=True, eps=1e-5):
+def _doubled(c_in: int, c_out: int, bias: bool = True, eps: float = 1e-5) -> tuple[nn.Module, ...]:
     """The layers that double the map's side."""
-    return UpsampleConv2d(c_in, c_out, bias), nn.BatchNorm2d(c_out, eps=eps), _leaky()
+    return UpsampleConv2d(c_in, c_out, bias), nn.BatchNorm2d(c_out, eps=eps), leaky()
 
 
 class GeneratorA(Generator):
-    """DFAD's GeneratorA, and with bn_eps 0.8 DAFL's: latents (N, nz) or (N, nz, 1, 1) -> images.
+    """DFAD's GeneratorA, and with bn_eps 0.8, as published (an argument in the momentum's place), DAFL's.
 
-    Ends in tanh and a batch norm without scale and shift, so images have mean 0 and variance 1
-    per channel. DAFL's eps of 0.8 is the published value (an argument in the momentum's place).
+    Ends in tanh and a batch norm without scale and shift: images have mean 0 and variance 1 per channel.
     """
 
-    def __init__(self, nz, img_size=32, channels=3, ngf=64, bn_eps=1e-5):
+    def __init__(self, nz: int, img_size: int = 32, channels: int = 3, ngf: int = 64, bn_eps: float = 1e-5):
         super().__init__(nz, img_size, channels)
         self.folded = True
         self.l1 = nn.Sequential(nn.Linear(nz, 2 * ngf * self.init_size**2))
@@ -143,24 +137,21 @@ class GeneratorA(Generator):
         last = ToImage(ngf, channels), nn.Tanh(), nn.BatchNorm2d(channels, affine=False)
         self.conv_blocks2 = nn.Sequential(*up, *last)
 
-    def forward(self, z):
+    def forward(self, z: Tensor) -> Tensor:
         z = z.flatten(1)
-        convolution, *rest = self.conv_blocks1
+        convolution = self.conv_blocks1[0]
         if self.folded and self.training and 4 * self.nz <= len(z):
             x = self._convolve_basis(z, convolution)
         else:
             x = convolution(self.conv_blocks0(self.to_map(self.l1(z))))
-        for layer in rest:
-            x = layer(x)
-        return self.conv_blocks2(x)
+        return self.conv_blocks2(self.conv_blocks1[1:](x))
 
-    def _convolve_basis(self, z, convolution):
+    def _convolve_basis(self, z: Tensor, convolution: UpsampleConv2d) -> Tensor:
         """The first convolution's output, computed for nz + 1 images instead of the batch.
 
-        Until there all is linear in z but for the statistics of the first batch norm, and these
-        follow from the mean and the covariance of z. So the convolution of the linear layer's
-        columns and offset, combined by z, gives the same up to rounding: a batch of 512 latents of
-        length 100 needs 101 convolutions.
+        Until there all is linear in z but for the statistics of the first batch norm, and these follow from the mean
+        and the covariance of z. So the convolution of the linear layer's columns and offset, combined by z, gives the
+        same up to rounding: a batch of 512 latents of length 100 needs 101 convolutions.
         """
         linear, norm = self.l1[0], self.conv_blocks0[0]
         weight = linear.weight.view(norm.num_features, -1, self.nz)
@@ -188,12 +179,11 @@ class GeneratorA(Generator):
 
 
 class FastGenerator(Generator):
-    """Fast-Datafree's Generator: latents (N, nz) or (N, nz, 1, 1) -> images in [0, 1].
+    """Fast-Datafree's Generator, images in [0, 1]. `widen` multiplies the channels of the first map, for CMI by 2."""
 
-    `widen` multiplies the channels of the first map: 2 gives the larger generator of CMI.
-    """
-
-    def __init__(self, nz, img_size=32, channels=3, ngf=64, widen=1, bias=False):
+    def __init__(
+        self, nz: int, img_size: int = 32, channels: int = 3, ngf: int = 64, widen: int = 1, bias: bool = False
+    ):
         super().__init__(nz, img_size, channels)
         width = 2 * ngf * widen
         self.l1 = nn.Sequential(nn.Linear(nz, width * self.init_size**2))
@@ -202,72 +192,57 @@ class FastGenerator(Generator):
         layers += [nn.Identity(), *_doubled(2 * ngf, ngf, bias)]
         self.conv_blocks = nn.Sequential(*layers, ToImage(ngf, channels), nn.Sigmoid())
 
-    def forward(self, z):
+    def forward(self, z: Tensor) -> Tensor:
         return self.conv_blocks(self.to_map(self.l1(z.flatten(1))))
 
 
 class ZSKTGenerator(FastGenerator):
-    """MMRazor's ZSKT generator: latents (N, nz) or (N, nz, 1, 1) -> images of no fixed range.
+    """MMRazor's ZSKT generator, images of no fixed range: with biases; ends in a batch norm with scale and shift."""
 
-    Its convolutions have biases, and its last layer is a batch norm with scale and shift.
-    """
-
-    def __init__(self, nz, img_size=32, channels=3, ngf=64):
+    def __init__(self, nz: int, img_size: int = 32, channels: int = 3, ngf: int = 64):
         super().__init__(nz, img_size, channels, ngf, bias=True)
         self.conv_blocks[-1] = nn.BatchNorm2d(channels)
 
 
 class GeneratorB(Generator):
-    """DFAD's GeneratorB, a DCGAN: latents (N, nz) or (N, nz, 1, 1) -> images in [-1, 1].
-
-    `last` is the class of the output activation; with nn.Sigmoid images are in [0, 1]. Weights
-    start as in Radford et al. 2016: normal with standard deviation 0.02.
-    """
+    """DFAD's GeneratorB, a DCGAN (Radford et al. 2016, weights N(0, 0.02^2)): images in [-1, 1], or as `last` ends."""
 
     stride = 16
 
-    def __init__(self, nz, img_size=64, channels=3, ngf=64, last=nn.Tanh):
+    def __init__(self, nz: int, img_size: int = 64, channels: int = 3, ngf: int = 64, last: type[nn.Module] = nn.Tanh):
         super().__init__(nz, img_size, channels)
         widths = [8 * ngf, 4 * ngf, 2 * ngf, ngf, ngf]
         self.project = nn.Sequential(nn.Flatten(), nn.Linear(nz, widths[0] * self.init_size**2))
         layers = [nn.BatchNorm2d(widths[0])]
         for before, after in pairwise(widths):
             up = nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False)
-            layers += [up, nn.BatchNorm2d(after), _leaky()]
+            layers += [up, nn.BatchNorm2d(after), leaky()]
         self.main = nn.Sequential(*layers, ToImage(ngf, channels), last())
-        for m in self.modules():
-            if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-                nn.init.normal_(m.weight, std=0.02)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+        init_weights(self, partial(nn.init.normal_, std=0.02), (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
 
-    def forward(self, z):
+    def forward(self, z: Tensor) -> Tensor:
         return self.main(self.to_map(self.project(z)))
 
 
 class DeepGenerator(Generator):
-    """Fast-Datafree's DeepGenerator (ImageNet): latent maps -> images in [0, 1].
+    """Fast-Datafree's DeepGenerator (ImageNet): latent maps (N, nz, img_size / 16, img_size / 16) -> images in [0, 1].
 
-    Latents have shape (N, nz, img_size / 16, img_size / 16). The published network carries a
-    linear layer `l1` that it never uses; it is kept, frozen, so that checkpoints load.
+    As published, it carries a linear layer `l1` that it never uses; it is kept, frozen, so that checkpoints load.
     """
 
     stride = 16
 
-    def __init__(self, nz, img_size=224, channels=3, ngf=64):
+    def __init__(self, nz: int, img_size: int = 224, channels: int = 3, ngf: int = 64):
         super().__init__(nz, img_size, channels)
+        self.latent_shape = (nz, self.init_size, self.init_size)
         self.l1 = nn.Sequential(nn.Linear(nz, ngf * img_size**2 // 32**2)).requires_grad_(False)
-        layers = [nn.Conv2d(nz, 2 * ngf, 3, padding=1, bias=False), nn.BatchNorm2d(2 * ngf), _leaky()]
+        layers = [nn.Conv2d(nz, 2 * ngf, 3, padding=1, bias=False), nn.BatchNorm2d(2 * ngf), leaky()]
         widths = [2 * ngf, 2 * ngf, ngf, ngf, ngf]
         for before, after in pairwise(widths):
             layers += [nn.Identity(), *_doubled(before, after, bias=False)]
         self.conv_blocks = nn.Sequential(*layers, ToImage(ngf, channels), nn.Sigmoid())
 
-    def latents(self, n, device=None, generator=None):
-        """n standard normal latent maps, shape (n, nz, init_size, init_size)."""
-        return torch.randn(n, self.nz, self.init_size, self.init_size, device=device, generator=generator)
-
-    def forward(self, z):
+    def forward(self, z: Tensor) -> Tensor:
         return self.conv_blocks(z.contiguous(memory_format=torch.channels_last))
 
 

@@ -5,30 +5,30 @@ MobileNetV2 (Sandler et al. 2018) is a student of the latter.
 """
 
 import torchvision.models.resnet as tv
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import mobilenetv2
 
-from .layers import init_convs
+from .layers import init_weights
 from .registry import register
 
 
-def with_channels(conv, channels):
+def with_channels(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
     """`conv` itself, or one like it, without a bias, for another number of input channels than torchvision's 3."""
     if conv.in_channels == channels:
         return conv
     conv = nn.Conv2d(channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
-    init_convs(conv)
+    init_weights(conv)
     return conv
 
 
 class ImageNetResNet(tv.ResNet):
     """torchvision's ResNet, parameter names included: images (N, channels, H, W) -> logits."""
 
-    def __init__(self, block, depths, num_classes=10, channels=3):
+    def __init__(self, block: type[nn.Module], depths: tuple[int, ...], num_classes: int = 10, channels: int = 3):
         super().__init__(block, list(depths), num_classes=num_classes)
         self.conv1 = with_channels(self.conv1, channels)
 
-    def forward(self, x, return_features=False):
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         features = self.avgpool(x).flatten(1)
@@ -39,15 +39,14 @@ class ImageNetResNet(tv.ResNet):
 class MobileNetV2(mobilenetv2.MobileNetV2):
     """torchvision's network and names: images (N, channels, H, W) -> logits; strides total 32.
 
-    Features (N, 1280) are the pooled last map before drop-out, so they are the same in training.
-    The published network returns none.
+    Features (N, 1280) are the pooled last map before drop-out, the same in training; the published network has none.
     """
 
-    def __init__(self, num_classes=10, channels=3):
+    def __init__(self, num_classes: int = 10, channels: int = 3):
         super().__init__(num_classes=num_classes)
         self.features[0][0] = with_channels(self.features[0][0], channels)
 
-    def forward(self, x, return_features=False):
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         features = self.features(x).mean((2, 3))
         logits = self.classifier(features)
         return (logits, features) if return_features else logits

@@ -1,11 +1,11 @@
-"""LeNet-5 and its half: the MNIST pair of DAFL (Table 1), DFAD and DFND.
+"""The MNIST pairs: LeNet-5 and its half (DAFL, DFAD, DFND), HintonNet 2x1200 -> 2x800 (Table 1 of DAFL).
 
-LeNet-5 after LeCun et al. 1998, with ReLU and max pooling; the half has half of every width except
-the last but one, 42 of 84.
+LeNet-5 after LeCun et al. 1998, with ReLU and max pooling; the half has half of every width. HintonNet after Hinton
+et al. 2015, Distilling the Knowledge in a Neural Network, section 3.
 """
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .registry import register
 
@@ -20,7 +20,7 @@ class LeNet5(nn.Module):
 
     input_size = 32
 
-    def __init__(self, num_classes=10, channels=1, widths=(6, 16, 120, 84)):
+    def __init__(self, num_classes: int = 10, channels: int = 1, widths: tuple[int, ...] = (6, 16, 120, 84)):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, widths[0], 5)
         self.conv2 = nn.Conv2d(widths[0], widths[1], 5)
@@ -29,7 +29,7 @@ class LeNet5(nn.Module):
         self.fc2 = nn.Linear(widths[3], num_classes)
         self.register_load_state_dict_pre_hook(_rename_published)
 
-    def forward(self, x, return_features=False):
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         # Pooling first is the same, with a quarter of the ReLU's work.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))
         x = F.relu(F.max_pool2d(self.conv2(x), 2))
@@ -38,7 +38,7 @@ class LeNet5(nn.Module):
         return (logits, features) if return_features else logits
 
 
-def _rename_published(module, state_dict, prefix, *_):
+def _rename_published(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
     for published, name in PUBLISHED_NAMES.items():
         for kind in ("weight", "bias"):
             old = prefix + published + kind
@@ -46,5 +46,24 @@ def _rename_published(module, state_dict, prefix, *_):
                 state_dict[prefix + name + kind] = state_dict.pop(old)
 
 
+class HintonNet(nn.Module):
+    """Images (N, channels, 28, 28) -> logits (N, num_classes); features are (N, width)."""
+
+    input_size = 28
+
+    def __init__(self, num_classes: int = 10, channels: int = 1, width: int = 1200):
+        super().__init__()
+        self.fc1 = nn.Linear(channels * 28 * 28, width)
+        self.fc2 = nn.Linear(width, width)
+        self.fc3 = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        features = F.relu(self.fc2(F.relu(self.fc1(x.flatten(1)))))
+        logits = self.fc3(features)
+        return (logits, features) if return_features else logits
+
+
 register("lenet5", LeNet5)
 register("lenet5_half", LeNet5, widths=(3, 8, 60, 42))
+register("hintonnet", HintonNet)
+register("hintonnet_half", HintonNet, width=800)

@@ -1,6 +1,6 @@
 """The tables of networks by name, and how a network enters them and is made from them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import partial
 
@@ -27,10 +27,7 @@ def register(name: str, constructor: Callable[..., nn.Module], table: dict = MOD
 
 
 def get_model(name: str, num_classes: int = 10, channels: int | None = None) -> nn.Module:
-    """A classifier with fresh weights. `channels` None means the published number of channels.
-
-    Raises ValueError for a name that is not in MODELS.
-    """
+    """A classifier with fresh weights; `channels` None: as published. Raises ValueError for a name not in MODELS."""
     given = {} if channels is None else {"channels": channels}
     return _lookup(MODELS, name, "model")(num_classes=num_classes, **given)
 
@@ -56,8 +53,7 @@ def agree_on_size(names: Iterable[str], img_size: int | None = None) -> int | No
 def get_generator(name: str, nz: int, img_size: int = 32, channels: int = 3, ngf: int = 64) -> nn.Module:
     """A generator with fresh weights: `nz` latent size, `ngf` width, images of img_size pixels.
 
-    Raises ValueError for a name that is not in GENERATORS, or when img_size is not a multiple of
-    the generator's upsampling factor (4; for generator_b, dcgan and deep 16).
+    Raises ValueError for a name not in GENERATORS, or if img_size is no multiple of 4 (generator_b, dcgan, deep: 16).
     """
     return _lookup(GENERATORS, name, "generator")(nz=nz, img_size=img_size, channels=channels, ngf=ngf)
 
@@ -67,7 +63,7 @@ def get_segmenter(name: str, num_classes: int) -> nn.Module:
     return _lookup(SEGMENTERS, name, "segmentation network")(num_classes=num_classes)
 
 
-def _lookup(table, name, kind):
+def _lookup(table: Mapping[str, Callable], name: str, kind: str) -> Callable[..., nn.Module]:
     if name in table:
         return table[name]
     close = get_close_matches(str(name), table)

@@ -5,13 +5,13 @@ offers the narrow ones of section 4.2, resnet8 to resnet110, and 4x wider ones; 
 """
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from .layers import add_numbered, conv, init_convs
+from .layers import add_numbered, conv, init_weights
 from .registry import register
 
 
-def _shortcut(c_in, c_out, stride):
+def _shortcut(c_in: int, c_out: int, stride: int) -> nn.Sequential:
     if stride == 1 and c_in == c_out:
         return nn.Sequential()
     return nn.Sequential(conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
@@ -21,12 +21,12 @@ class BasicBlock(nn.Module):
     expansion = 1
     shortcut_name = "shortcut"
 
-    def __init__(self, c_in, width, stride):
+    def __init__(self, c_in: int, width: int, stride: int):
         super().__init__()
         add_numbered(self, conv(c_in, width, 3, stride), conv(width, width, 3))
         self.add_module(self.shortcut_name, _shortcut(c_in, width, stride))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return F.relu(self.bn2(self.conv2(y)).add_(self.get_submodule(self.shortcut_name)(x)), inplace=True)
 
@@ -38,13 +38,13 @@ class NarrowBlock(BasicBlock):
 class Bottleneck(nn.Module):
     expansion = 4
 
-    def __init__(self, c_in, width, stride):
+    def __init__(self, c_in: int, width: int, stride: int):
         super().__init__()
         c_out = width * self.expansion
         add_numbered(self, conv(c_in, width, 1), conv(width, width, 3, stride), conv(width, c_out, 1))
         self.shortcut = _shortcut(c_in, c_out, stride)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
         return F.relu(self.bn3(self.conv3(y)).add_(self.shortcut(x)), inplace=True)
@@ -53,13 +53,15 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Images (N, channels, H, W) -> logits (N, num_classes); features: the pooled last map.
 
-    `depths` counts the blocks of each stage. Pooling covers the whole map; where the published code has a fixed 4x4
-    window, that is the same for 32-pixel images.
+    `depths` counts the blocks of each stage. Pooling covers the whole map, at 32 pixels the published 4x4 window.
     """
 
     last_name = "linear"
 
-    def __init__(self, block, depths, num_classes=10, channels=3, stem=64, width=64):
+    def __init__(
+        self, block: type[nn.Module], depths: tuple[int, ...], num_classes: int = 10, channels: int = 3, stem: int = 64,
+        width: int = 64,
+    ):  # fmt: skip
         super().__init__()
         add_numbered(self, conv(channels, stem, 3))
         c_in, self.stages = stem, [f"layer{i + 1}" for i in range(len(depths))]
@@ -71,7 +73,7 @@ class ResNet(nn.Module):
             self.add_module(name, nn.Sequential(*blocks))
         self.add_module(self.last_name, nn.Linear(c_in, num_classes))
 
-    def forward(self, x, return_features=False):
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         for name in self.stages:
             x = self.get_submodule(name)(x)
@@ -85,9 +87,9 @@ class NarrowResNet(ResNet):
 
     last_name = "fc"  # as published
 
-    def __init__(self, depth, num_classes=10, channels=3, **widths):
+    def __init__(self, depth: int, num_classes: int = 10, channels: int = 3, **widths: int):
         super().__init__(NarrowBlock, [(depth - 2) // 6] * 3, num_classes, channels, **widths)
-        init_convs(self)
+        init_weights(self)
 
 
 register("resnet18", ResNet, block=BasicBlock, depths=(2, 2, 2, 2))

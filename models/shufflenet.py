@@ -2,13 +2,13 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .layers import add_numbered, conv
 from .registry import register
 
 
-def _shuffle(left, right):
+def _shuffle(left: Tensor, right: Tensor) -> Tensor:
     """Join two halves so that their channels alternate."""
     return torch.stack((left, right), 2).flatten(1, 2)
 
@@ -16,18 +16,16 @@ def _shuffle(left, right):
 class DownBlock(nn.Module):
     """Halves the map; both branches see the whole input."""
 
-    def __init__(self, c_in, c_out):
+    def __init__(self, c_in: int, c_out: int):
         super().__init__()
         half = c_out // 2
         left = conv(c_in, c_in, 3, 2, groups=c_in), conv(c_in, half, 1)
         right = conv(c_in, half, 1), conv(half, half, 3, 2, groups=half), conv(half, half, 1)
         add_numbered(self, *left, *right)
 
-    def forward(self, x):
-        left = self.bn1(self.conv1(x))
-        left = F.relu(self.bn2(self.conv2(left)), inplace=True)
-        right = F.relu(self.bn3(self.conv3(x)), inplace=True)
-        right = self.bn4(self.conv4(right))
+    def forward(self, x: Tensor) -> Tensor:
+        left = F.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))), inplace=True)
+        right = self.bn4(self.conv4(F.relu(self.bn3(self.conv3(x)), inplace=True)))
         right = F.relu(self.bn5(self.conv5(right)), inplace=True)
         return _shuffle(left, right)
 
@@ -35,26 +33,22 @@ class DownBlock(nn.Module):
 class BasicBlock(nn.Module):
     """Half of the channels passes untouched."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         half = channels // 2
         add_numbered(self, conv(half, half, 1), conv(half, half, 3, groups=half), conv(half, half, 1))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, 1)
-        right = F.relu(self.bn1(self.conv1(right)), inplace=True)
-        right = self.bn2(self.conv2(right))
+        right = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(right)), inplace=True)))
         right = F.relu(self.bn3(self.conv3(right)), inplace=True)
         return _shuffle(left, right)
 
 
 class ShuffleNetV2(nn.Module):
-    """Images (N, channels, H, W) -> logits; features: the pooled last map (N, 1024).
+    """Images (N, channels, H, W) -> logits; features: the pooled last map (N, 1024). As published, with a 1x1 stem."""
 
-    As published for CIFAR: a 1x1 stem without stride, three stages that halve the map.
-    """
-
-    def __init__(self, num_classes=10, channels=3):
+    def __init__(self, num_classes: int = 10, channels: int = 3):
         super().__init__()
         add_numbered(self, conv(channels, 24, 1))
         c_in = 24
@@ -66,7 +60,7 @@ class ShuffleNetV2(nn.Module):
         self.bn2 = nn.BatchNorm2d(1024)
         self.linear = nn.Linear(1024, num_classes)
 
-    def forward(self, x, return_features=False):
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.layer3(self.layer2(self.layer1(x)))
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)

@@ -4,15 +4,15 @@ vgg11 -> resnet18 are rows of Fast-Datafree's CIFAR tables; the other depths com
 """
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from .layers import init_convs
+from .layers import init_weights
 from .registry import register
 
 WIDTHS = (64, 128, 256, 512, 512)
 
 
-def _block(c_in, c_out, n):
+def _block(c_in: int, c_out: int, n: int) -> nn.Sequential:
     layers = []
     for i in range(n):
         layers += [nn.Conv2d(c_out if i else c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
@@ -22,16 +22,16 @@ def _block(c_in, c_out, n):
 class VGG(nn.Module):
     """Images (N, channels, H, W) -> logits; features: the pooled last map (N, 512); `depths`: convolutions a block."""
 
-    def __init__(self, depths, num_classes=10, channels=3):
+    def __init__(self, depths: tuple[int, ...], num_classes: int = 10, channels: int = 3):
         super().__init__()
         for i, (n, width) in enumerate(zip(depths, WIDTHS, strict=True)):
             self.add_module(f"block{i}", _block(WIDTHS[i - 1] if i else channels, width, n))
         self.classifier = nn.Linear(WIDTHS[-1], num_classes)
-        init_convs(self)
+        init_weights(self)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
-    def forward(self, x, return_features=False):
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         # As published, the fourth pool is for 64-pixel images alone.
         last_pool = x.shape[2] == 64
         x = F.max_pool2d(self.block0(x), 2)

@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
 # CMI-500 (contrastive model inversion, 500 steps a batch) of Fast-Datafree's CIFAR tables. Usage: --help.
-set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/cifar_rows.sh"
-cifar_rows fast CMI-500 "$@"
+. "$(dirname "${BASH_SOURCE[0]}")/cifar_rows.sh" fast CMI-500 "$@"

@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
 # DAFL of Fast-Datafree's CIFAR tables. Usage: --help.
-set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/cifar_rows.sh"
-cifar_rows fast DAFL "$@"
+. "$(dirname "${BASH_SOURCE[0]}")/cifar_rows.sh" fast DAFL "$@"

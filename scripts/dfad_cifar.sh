@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
 # DFAD of its own paper's table, on CIFAR (as Fast-Datafree runs it: python datafree_kd.py --method dfad). Usage: --help.
-set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/cifar_rows.sh"
-cifar_rows dfad DFAD "$@"
+. "$(dirname "${BASH_SOURCE[0]}")/cifar_rows.sh" dfad DFAD "$@"

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # DFAD on MNIST, its teacher first; flags go to reproduce.py and DFAD_mnist.py. `--dataset digits` does it on the
 # embedded digits, where the learning rates fall (--scheduler): without that the last epochs scatter by several points.
-set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 setup
 case " $* " in

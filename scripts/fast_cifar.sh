@@ -1,5 +1,3 @@
 #!/usr/bin/env bash
 # Fast-2, Fast-5 and Fast-10 of Fast-Datafree's CIFAR tables. Usage: --help.
-set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/cifar_rows.sh"
-cifar_rows fast Fast-2,Fast-5,Fast-10 "$@"
+. "$(dirname "${BASH_SOURCE[0]}")/cifar_rows.sh" fast Fast-2,Fast-5,Fast-10 "$@"

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Fast-Datafree on the embedded digits, its teacher first: the command line of the CIFAR rows, in minutes on two
 # cores. Flags go to datafree_kd.py.
-set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 setup
 "$PY" teacher_train.py --dataset digits --model lenet5 --resume

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Any published cell by its name: `--list` prints all, CELL runs one, `--dry-run` shows how.
-set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 setup
 exec "$PY" reproduce.py "$@"

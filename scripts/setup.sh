@@ -1,8 +1,9 @@
-# Sourced by the other scripts:   . scripts/setup.sh; setup [further requirements files]
+# Sourced by the other scripts, which it ends at their first error:   . scripts/setup.sh; setup [requirements files]
 #
-# `setup` goes to the repository's root, makes .venv there, installs what is missing of
-# requirements.txt and the files named, and sets PY to the environment's Python. A second call
-# finds everything and is at once. PYTHON names another interpreter to start from.
+# `setup` goes to the repository's root, makes .venv there, installs what is missing of requirements.txt and the files
+# named, and sets PY to the environment's Python. A second call is at once. PYTHON names an interpreter to start from.
+
+set -euo pipefail
 
 setup() {
   cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Installs what is missing and runs all tests, two at a time. Flags go to pytest (-k NAME, -x, ...).
-set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 setup requirements-dev.txt
 exec "$PY" -m pytest -n 2 --dist worksteal "$@"

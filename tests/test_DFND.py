@@ -184,7 +184,7 @@ def test_the_accuracy_in_the_matrix(wild, tmp_path, checkpoints):
     common = ("--wild", wild, "--out", tmp_path, "--n_epochs", 1, *SHORT[2:])
     content = checkpoint.read(checkpoints / "digits-lenet5-digits.pt")
     known = run(*common, "--checkpoints", checkpoints)
-    assert known["accuracy_in_Q"] == pytest.approx(content["card"]["accuracy"] / 100)
+    assert known["accuracy_in_Q"] == pytest.approx(content["metadata"]["accuracy"] / 100)
     assert run(*common, "--checkpoints", checkpoints, "--teacher_acc", 0.9)["accuracy_in_Q"] == 0.9
     bare = tmp_path / "bare.pt"
     checkpoint.save(content["state_dict"], bare)

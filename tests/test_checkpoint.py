@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import platform
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_save_is_atomic(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 def test_a_really_full_disk(tmp_path):
-    (tmp_path / f"last.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
+    (tmp_path / f"last.pt.{platform.node()}-{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(UsageError, match="No space left"):
         checkpoint.save({"epoch": 1}, tmp_path / "last.pt")
 
@@ -47,6 +48,7 @@ def damaged_files(folder):
     for name, data, words in (
         ("half.pt", content[: len(content) // 2], "damaged"),
         ("empty.pt", b"", "damaged"),
+        ("picture.pt", b"\x89PNG\r\n\x1a\n", "damaged"),
         ("text.pt", b"<html>404 not found</html>", "damaged"),
         ("evil.pt", pickle.dumps({"state_dict": Evil()}), "code"),
     ):

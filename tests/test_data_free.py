@@ -107,7 +107,7 @@ def test_a_run_goes_on_with_the_same_teacher_only(teacher, tmp_path, refused):
         if seed == 0:
             result = DAFL_train.main(DAFL_train.parse_args(flags))
             (tmp_path / "runs" / result["name"] / "result.json").unlink()
-    assert "teacher_sha256 was" in refused(DAFL_train, *flags, "--resume")
+    assert "weights (SHA-256) was" in refused(DAFL_train, *flags, "--resume")
 
 
 def test_a_default_that_is_given_is_no_other_flag(checkpoints, tmp_path):

@@ -66,8 +66,8 @@ def test_cifar10_sheets(tmp_path, place, monkeypatch):
         ({"leave_out": ("train/00.webp",)}, "sheets of train are missing"),
         ({"leave_out": ("test/00.webp",)}, "sheets of test are missing"),
         ({"train1": b"no picture"}, "damaged"),
-        ({"test_labels": bytes(56)}, "test_labels.bin does not fit"),
-        ({"train_labels": bytes([10]) * 1050}, "train_labels.bin does not fit"),
+        ({"test_labels": bytes(56)}, "labels to test does not fit"),
+        ({"train_labels": bytes([10]) * 1050}, "labels to train does not fit"),
     ],
 )
 def test_cifar10_sheets_damaged(tmp_path, damage, part):

@@ -37,7 +37,7 @@ def test_weights_are_tested_and_copied(where, tmp_path, monkeypatch, contents):
     result = teacher_train.main(teacher_train.parse_args([*FLAGS, *where]))
     content = checkpoint.read(tmp_path / "checkpoints" / "imagenet-resnet18_imagenet-torchvision.pt")
     assert all(torch.equal(v, state[k]) for k, v in content["state_dict"].items())
-    card = content["card"]
+    card = content["metadata"]
     assert card["model"] == "resnet18_imagenet" and card["class_names"] == ["n01", "n02", "n03"]
     assert card["mean"] == [0.485, 0.456, 0.406] and card["accuracy"] == result["last"]
     assert (card["recipe"], card["run"]) == ("torchvision", result["name"]) and result["args"]["pretrained"] is True

@@ -248,7 +248,7 @@ def test_earlier_run_is_set_aside(whole, tmp_path, checkpoints):
     argv = command(case, tmp_path, checkpoints, "--n_epochs", "2")
     for _ in range(3):
         run(case.script, *argv)
-    folders = {p.name for p in tmp_path.iterdir()} - {"checkpoints", "wild_scans"}
+    folders = {p.name for p in tmp_path.iterdir()} - {"checkpoints", "wild_scans", ".locks"}
     assert folders == {case.folder("--n_epochs", "2") + end for end in ("", ".1", ".2")}
 
 
@@ -286,7 +286,7 @@ def test_more_epochs_go_on_with_the_shorter_run(tmp_path, checkpoints, capsys):
     result = run(DAFL_train, *argv, "--n_epochs", "3", "--resume")
     assert "its schedule stretches" in capsys.readouterr().out
     assert [p["epochs"] for p in result["pieces"]] == [[1, 2], [3, 3]] and result["epochs"] == 3
-    assert {p.name for p in tmp_path.iterdir()} == {DAFL.folder("--n_epochs", "3")}
+    assert {p.name for p in tmp_path.glob("[!.]*")} == {DAFL.folder("--n_epochs", "3")}
     assert (
         json.loads(next((tmp_path / DAFL.folder("--n_epochs", "3")).glob("result-*.json")).read_text())["epochs"] == 2
     )
@@ -426,7 +426,7 @@ def test_own_images_and_teacher_end_to_end(tmp_path, refused):
     ]
     trained = run(teacher_train, *common, "--model", "resnet8")
     assert trained["dataset"] == "folder" and (tmp_path / "folder-resnet8-fast.pt").exists()
-    card = checkpoint.read(tmp_path / "folder-resnet8-fast.pt")["card"]
+    card = checkpoint.read(tmp_path / "folder-resnet8-fast.pt")["metadata"]
     assert card["num_classes"] == 2 and card["img_size"] == 16 and len(card["mean"]) == 3
     bare = tmp_path / "bare.pt"
     torch.save(checkpoint.read(tmp_path / "folder-resnet8-fast.pt")["state_dict"], bare)
@@ -457,6 +457,6 @@ def test_own_images_and_teacher_end_to_end(tmp_path, refused):
     ):
         result = run(script, *common, *networks, *flags)
         best = checkpoint.read(tmp_path / result["name"] / "best.pt")
-        assert best["card"]["model"] == "wrn16_1" and best["card"]["mean"] == [0.5] * 3
+        assert best["metadata"]["model"] == "wrn16_1" and best["metadata"]["mean"] == [0.5] * 3
     assert list(tmp_path.glob("DAFL_train-folder_data_*-resnet8-wrn16_1-*/samples/epoch0001.png"))
     assert "3 value" in refused(DAFL_train, *common, *networks, "--mean", "0.5")

@@ -164,7 +164,7 @@ def small(data):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr("datafree.session.get_segmentation", lambda *a, **k: small(get_segmentation(*a, **k)))
+    monkeypatch.setattr("datafree.inputs.get_segmentation", lambda *a, **k: small(get_segmentation(*a, **k)))
 
 
 def columns(root, name):
@@ -187,7 +187,7 @@ def test_teacher_end_to_end(camvid, quick, capsys, contents):
     assert result["last"] == float(rows[-1]["mIoU"]) and result["backbone"] == "backbone from scratch"
     assert result["last_scores"]["pixel_accuracy"] == float(rows[-1]["pixel_accuracy"])
     assert [p.name for p in (camvid / "runs" / result["name"] / "samples").iterdir()] == ["test0000.png"]
-    card = checkpoint.read(camvid / "checkpoints" / "camvid-deeplabv3_mobilenet.pt")["card"]
+    card = checkpoint.read(camvid / "checkpoints" / "camvid-deeplabv3_mobilenet.pt")["metadata"]
     assert (card["run"], card["mIoU"], card["epoch"]) == (result["name"], result["best"], result["best_epoch"])
     before = contents(camvid)
     again = run(teacher_train_seg, camvid, *flags, "--resume")

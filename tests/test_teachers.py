@@ -72,11 +72,11 @@ def test_two_recipes_have_two_folders_and_two_files(tmp_path, capsys):
     results = [run(teacher_train, tmp_path, "--recipe", r) for r in ("digits", "dafl-mnist")]
     names = [r["name"] for r in results]
     assert names[0].startswith("teacher_train-digits-lenet5-digits-") and "-dafl-mnist-" in names[1]
-    assert {p.name for p in (tmp_path / "runs").iterdir()} == set(names)
+    assert {p.name for p in (tmp_path / "runs").glob("[!.]*")} == set(names)
     files = {p.name for p in (tmp_path / "c").iterdir()}
     assert files == {"digits-lenet5-digits.pt", "digits-lenet5-dafl-mnist.pt"}
     for result, recipe in zip(results, ("digits", "dafl-mnist"), strict=True):
-        card = checkpoint.read(tmp_path / "c" / f"digits-lenet5-{recipe}.pt")["card"]
+        card = checkpoint.read(tmp_path / "c" / f"digits-lenet5-{recipe}.pt")["metadata"]
         assert (card["recipe"], card["run"], card["model"]) == (recipe, result["name"], "lenet5")
         assert (card["accuracy"], card["epoch"]) == (result["best"], 1) and result["recipe"] == recipe
     assert "in place of" not in capsys.readouterr().out
@@ -89,7 +89,7 @@ def test_a_longer_run_goes_on_from_a_shorter_one_of_any_name(tmp_path):
     assert "gamma" not in longer["name"]  # but a hash of all flags
     assert longer["name"] == short["name"].replace("n_epochs1", "n_epochs2")
     assert [p["epochs"] for p in longer["pieces"]] == [[1, 1], [2, 2]]
-    assert [p.name for p in (tmp_path / "runs").iterdir()] == [longer["name"]]
+    assert [p.name for p in (tmp_path / "runs").glob("[!.]*")] == [longer["name"]]
 
 
 def test_what_a_teacher_replaces_is_said(tmp_path, capsys):
@@ -98,7 +98,7 @@ def test_what_a_teacher_replaces_is_said(tmp_path, capsys):
     second = run(teacher_train, tmp_path, "--seed", "1")
     line = f"{target}, in place of others ({first['name']}, epoch 1, {first['best']:.2f} %)"
     assert line in capsys.readouterr().out
-    assert checkpoint.read(target)["card"]["run"] == second["name"] != first["name"]
+    assert checkpoint.read(target)["metadata"]["run"] == second["name"] != first["name"]
     for content in (b"damaged", None):
         if content:
             target.write_bytes(content)
@@ -106,7 +106,7 @@ def test_what_a_teacher_replaces_is_said(tmp_path, capsys):
             checkpoint.save(checkpoint.read(target)["state_dict"], target)  # bare
         run(teacher_train, tmp_path)
         assert f"{target}, in place of others (unknown)" in capsys.readouterr().out
-        assert checkpoint.read(target)["card"]["run"] == first["name"]
+        assert checkpoint.read(target)["metadata"]["run"] == first["name"]
 
 
 @pytest.mark.parametrize("script", [teacher_train, vanilla_kd])
@@ -170,7 +170,7 @@ def test_only_sets_that_need_training_images_read_them(transfer_set, train, chec
         asked.append(kwargs["train"])
         return get_dataset(*args, **kwargs)
 
-    monkeypatch.setattr("datafree.session.get_dataset", watched)
+    monkeypatch.setattr("datafree.inputs.get_dataset", watched)
     wild = get_dataset("digits").train
     monkeypatch.setattr(vanilla_kd, "get_wild", lambda source, *_: (wild, source))
     result = run(vanilla_kd, tmp_path, "--transfer_set", transfer_set, "--checkpoints", checkpoints)

@@ -1,6 +1,7 @@
 """Curves and images reach a real visdom server, and a missing one costs a line, never the run."""
 
 import base64
+import contextlib
 import csv
 import io
 import json
@@ -19,6 +20,7 @@ from PIL import Image
 
 import DAFL_train
 import teacher_train
+from datafree import visdom
 from datafree.run import Run
 from datafree.visdom import Visdom
 
@@ -210,12 +212,97 @@ def test_another_program_at_the_port(server, tmp_path):
     assert line.startswith("no visdom server answers")
 
 
+@contextlib.contextmanager
+def talking(talk):
+    """The port of a server that accepts, reads, and does `talk(connection)` until it is shut."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=one, args=server.accept()[:1], daemon=True).start()
+
+    def one(connection):
+        with connection, contextlib.suppress(OSError):
+            while connection.recv(2**16):
+                talk(connection)
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield server.getsockname()[1]
+    finally:
+        server.close()
+
+
+def trickle(connection):
+    for byte in b"HTTP/1.1 200 OK\r\nX: " + b"x" * 500:
+        connection.sendall(bytes([byte]))
+        time.sleep(0.05)
+
+
+def flood(connection):
+    connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+    while True:
+        connection.sendall(bytes(2**16))
+
+
+def answer_late(connection):
+    time.sleep(0.06)
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ntrue")
+
+
+@pytest.mark.parametrize("talk", [lambda connection: None, trickle, flood, answer_late])
+def test_waiting_for_a_server_is_bounded(tmp_path, monkeypatch, talk):
+    pytest.importorskip("visdom", reason="visdom is not installed")
+    monkeypatch.setattr(visdom, "PATIENCE", 0.5)
+    monkeypatch.setattr(visdom, "PROMPT", 0.05)
+    lines, start, path = [], time.monotonic(), tmp_path / "visdom.log"
+    with talking(talk) as port:
+        board = Visdom(port, "run", path, lines.append)
+        for epoch in range(1, 41):
+            board.curve("loss", epoch, 1 / epoch)
+    assert time.monotonic() - start < 20
+    assert [str(path) in line for line in lines] in ([True], [False, True])
+    logged = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [x for _, message in logged for x in message["data"][0]["x"]] == list(range(1, 41))
+
+
+@pytest.mark.parametrize("vanish", ["folder", "pipe", "full"])
+def test_log_that_cannot_be_written(tmp_path, vanish):
+    pytest.importorskip("visdom", reason="visdom is not installed")
+    (tmp_path / "run").mkdir()
+    lines, path = [], tmp_path / "run" / "visdom.log"
+    board = Visdom(free_port(), "run", path, lines.append)
+    board.curve("loss", 1, 0.5)
+    path.unlink()
+    if vanish == "folder":
+        path.parent.rmdir()
+    elif vanish == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/full")
+    for epoch in range(2, 5):
+        board.curve("loss", epoch, 0.5)
+    (said,) = lines[1:]
+    assert said.startswith(f"cannot write {path} (") and "no live curves any more" in said
+
+
 def test_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "visdom", None)
     folder = train(tmp_path, 1, "without", "--n_epochs", 1)
     (line,) = [s for s in (folder / "log.txt").read_text().splitlines() if "visdom" in s]
     assert line.startswith("visdom is not installed")
     assert (folder / "result.json").exists() and not (folder / "visdom.log").exists()
+
+
+def test_installed_and_broken(tmp_path, monkeypatch):
+    (tmp_path / "visdom.py").write_text("raise ValueError('built for another Python')")
+    monkeypatch.delitem(sys.modules, "visdom", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    lines = []
+    Visdom(1, "run", tmp_path / "visdom.log", lines.append).curve("loss", 1, 0.5)
+    (line,) = lines
+    assert "ValueError: built for another Python" in line and "--force-reinstall visdom" in line
 
 
 def test_imported_only_when_asked_for():

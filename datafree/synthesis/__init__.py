@@ -12,6 +12,5 @@ the command line, by `register("mine", Method(MyFamily, STUDENT | dict(...)))` b
 from .base import CRITERIA, FLAGS, GENERATOR, METHODS, STUDENT, Method, Synthesizer, register
 from .cmi import CMI
 from .deepinversion import DeepInversion
-from .fast import Fast
-from .fast_latents import IMAGENET, FastLatents
+from .fast import IMAGENET, Fast, FastLatents
 from .generative import Generative

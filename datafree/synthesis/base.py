@@ -12,20 +12,20 @@ from datafree.augment import Transform
 from datafree.cli import TYPES
 from datafree.hooks import BatchNormHooks
 from datafree.losses import at_least_float32, decision_adversarial_loss, kd_loss, l1_loss
-from datafree.pool import ImagePool
+from datafree.pool import ImagePool, Shape
 from datafree.runtime import Runtime
 from models import GENERATORS
 
+Losses = dict[str, Tensor]  # scalars by name
+Tick = Callable[[Tensor], None]  # is told the loss of each update
 # Distances of student and teacher, (s_logits, t_logits, T) -> scalar.
 CRITERIA = {"kl": kd_loss, "l1": lambda s_logits, t_logits, T=1.0: l1_loss(s_logits, t_logits)}
-# The student's part of every published recipe, and the generator of those that have one.
 # fmt: off
+# The student's part of every published recipe, and the generator of those that have one.
 STUDENT = dict(n_epochs=200, warmup=0, ep_steps=400, kd_steps=400, batch_size=256, synthesis_batch_size=256, lr=0.1,
                weight_decay=1e-4, criterion="kl", T=20.0)
-# fmt: on
 GENERATOR = dict(generator="fast", nz=256, ngf=64)
 # What a recipe can set, flag -> help; their types are in datafree.cli.
-# fmt: off
 FLAGS = {
     "n_epochs": "epochs of ep_steps", "warmup": "epochs without student steps and adversarial term",
     "ep_steps": "student steps of an epoch", "kd_steps": "student steps of a round",
@@ -46,28 +46,20 @@ class Synthesizer:
 
     Args:
         teacher, student: in eval mode while images are made; the student's weights are frozen then.
-        generator: in train mode, or None. transform: augments and normalises. shape: (C, H, W) of an image.
-        num_classes: of the teacher. runtime: device and precision. pool: an ImagePool or None.
+        generator: in train mode, or None. shape: (C, H, W) of an image. num_classes: of the teacher.
         settings: the family's own; kept as attributes.
     """
 
     terms: tuple[str, ...] = ()  # the losses it minimises: `adv` weighs `loss_adv`
     settings: tuple[str, ...] = ("synthesis_batch_size", "g_steps")  # these weights, and the rest
     pooled = True  # whether images are kept
+    kept: tuple[str, ...] = ()  # the attributes whose states a resumed run needs
     published_T: float | None = None  # the temperature that the published code distils at, whatever it is told
 
     def __init__(
-        self,
-        teacher: nn.Module,
-        student: nn.Module,
-        generator: nn.Module | None,
-        transform: Transform,
-        shape: tuple[int, int, int],
-        num_classes: int,
-        runtime: Runtime,
-        pool: ImagePool | None,
-        **settings,
-    ):
+        self, teacher: nn.Module, student: nn.Module, generator: nn.Module | None, transform: Transform, shape: Shape,
+        num_classes: int, runtime: Runtime, pool: ImagePool | None, **settings: object,
+    ):  # fmt: skip
         self.teacher, self.student, self.generator = teacher, student, generator
         self.transform, self.shape, self.num_classes = transform, shape, num_classes
         self.runtime, self.pool = runtime, pool
@@ -76,8 +68,8 @@ class Synthesizer:
         vars(self).update(settings)
         self.hooks = BatchNormHooks(teacher, settings.get("bn_mmt", 0.0))
 
-    def synthesize(self, adversarial: bool, tick: Callable[[Tensor], None]) -> dict[str, Tensor]:
-        """One round; returns the last losses by name. Where no term is on, nothing is done and there are none.
+    def synthesize(self, adversarial: bool, tick: Tick) -> Losses:
+        """One round; returns the last losses by name, none where no term is on.
 
         Args:
             adversarial: whether the adversarial term is on. tick: called with the loss of each update.
@@ -86,10 +78,18 @@ class Synthesizer:
         return {k: v.detach() for k, v in losses.items()}
 
     def has_terms(self, adversarial: bool) -> bool:
-        """Whether a round makes images: a weight is above 0, that of the adversarial term only if it is on."""
-        return any(getattr(self, term) for term in self.terms if adversarial or term != "adv")
+        """Whether a round makes images."""
+        return any(self.is_on(term, adversarial) for term in self.terms)
 
-    def round(self, adversarial: bool, tick: Callable[[Tensor], None]) -> dict[str, Tensor]:
+    def is_on(self, term: str, adversarial: bool) -> bool:
+        """Whether the weight of a term is above 0; that of the adversarial one counts only if it is on."""
+        return bool(getattr(self, term)) and (adversarial or term != "adv")
+
+    def losses_of(self, adversarial: bool, **terms: Callable[[], Tensor]) -> Losses:
+        """The terms that are on, computed, as `loss_<name>`."""
+        return {f"loss_{name}": loss() for name, loss in terms.items() if self.is_on(name, adversarial)}
+
+    def round(self, adversarial: bool, tick: Tick) -> Losses:
         """What a family does in `synthesize`: one batch, for those with a pool, from latents and classes."""
         return self.invert(self.latents(), self.targets(), adversarial, tick)
 
@@ -131,29 +131,24 @@ class Synthesizer:
 
     def inversion_losses(
         self, x: Tensor, targets: Tensor, adversarial: bool, layers: Sequence[nn.Module] = ()
-    ) -> dict[str, Tensor]:
-        """The terms of bn L_bn + oh L_oh + adv L_adv with a weight above 0 on normalised images x, by name.
-
-        L_adv only if `adversarial`. The hooks record what enters the teacher's `layers`.
-        """
-        losses = {}
+    ) -> Losses:
+        """The terms of bn L_bn + oh L_oh + adv L_adv that are on, of normalised images x; records `layers`, too."""
         with self.runtime.autocast():
             with self.hooks.record(bool(self.bn), layers):
                 t_logits = self.teacher(x)
-            s_logits = self.student(x) if self.adv and adversarial else None
-        if self.bn:
-            losses["loss_bn"] = self.hooks.loss()
-        if self.oh:
-            losses["loss_oh"] = F.cross_entropy(at_least_float32(t_logits), targets)
-        if s_logits is not None:
-            losses["loss_adv"] = decision_adversarial_loss(s_logits, t_logits)
-        return losses
+            s_logits = self.student(x) if self.is_on("adv", adversarial) else None
+        return self.losses_of(
+            adversarial,
+            bn=self.hooks.loss,
+            oh=lambda: F.cross_entropy(at_least_float32(t_logits), targets),
+            adv=lambda: decision_adversarial_loss(s_logits, t_logits),
+        )
 
     def weigh(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The sum of the losses by their weights: the settings of the same name."""
         return sum(getattr(self, name.removeprefix("loss_")) * value for name, value in losses.items())
 
-    def descend(self, loss: Tensor, tick: Callable[[Tensor], None], *optimizers: torch.optim.Optimizer) -> None:
+    def descend(self, loss: Tensor, tick: Tick, *optimizers: torch.optim.Optimizer) -> None:
         """One step of the optimisers along the gradient of `loss`, which `tick` is told."""
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -165,17 +160,12 @@ class Synthesizer:
     def flush(self) -> None:
         """Write what a checkpoint leaves to files of the synthesizer's own."""
 
-    def kept(self) -> tuple[str, ...]:
-        """The attributes whose states a resumed run needs."""
-        return ()
-
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, object]:
         """All that a resumed run needs: tensors and numbers in dictionaries and lists."""
-        return {name: getattr(self, name).state_dict() for name in self.kept()}
+        return {name: getattr(self, name).state_dict() for name in self.kept}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Take up what `state_dict` gave."""
-        for name in self.kept():
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        for name in self.kept:
             getattr(self, name).load_state_dict(state[name])
 
 

@@ -1,7 +1,6 @@
 """CMI, Contrastive Model Inversion (Fang et al., IJCAI 2021): new images differ from old ones."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from datafree.errors import UsageError
 from datafree.losses import contrastive_loss
 from datafree.pool import read_rows, write_rows
 
-from .base import GENERATOR, STUDENT, Best, Method, Synthesizer, adam, redraw, register
+from .base import GENERATOR, STUDENT, Best, Losses, Method, Synthesizer, Tick, adam, redraw, register
 
 
 class CMI(Synthesizer):
@@ -22,10 +21,9 @@ class CMI(Synthesizer):
 
         L = cr L_cr + bn L_bn + oh H(t, y) + adv L_adv
 
-    where L_cr tells apart, in the space of a small head on the teacher's features, a strong and a weak crop
-    of the same image from those of other images: of the batch and of `n_neg` random ones of the last
-    `bank_size`, whose features the memory bank keeps. The images of the lowest L go to the pool and their
-    features to the bank.
+    where L_cr tells apart, in the space of a small head on the teacher's features, a strong and a weak crop of the same
+    image from those of other images: of the batch and of `n_neg` random ones of the last `bank_size`, whose features
+    the memory bank keeps. The images of the lowest L go to the pool and their features to the bank.
 
     Features are spatial means of what enters the teacher's BatchNorm layers (`feature_layers` "bn") or its
     stages ("blocks": `layer1`, `layer2` ... of ResNets, as CMI's repository has it for its ResNet-34).
@@ -36,8 +34,9 @@ class CMI(Synthesizer):
 
     terms = ("bn", "oh", "adv", "cr")
     settings = (*Synthesizer.settings, *terms, "lr_g", "cr_T", "bank_size", "n_neg", "head_dim", "feature_layers")
+    kept = ("generator",)
 
-    def __init__(self, *networks, **settings):
+    def __init__(self, *networks: object, **settings: object):
         super().__init__(*networks, **settings)
         if not self.cr:  # the features are read by L_cr alone
             return
@@ -48,12 +47,13 @@ class CMI(Synthesizer):
         self.head_optimizer = torch.optim.Adam(self.head.parameters(), self.lr_g, fused=True)
         path = self.pool.path.with_name("bank.f32")
         self.bank = MemoryBank(self.bank_size, 2 * width, self.runtime.device, path)  # local half, then global half
+        self.kept = ("generator", "head", "head_optimizer", "bank")
 
-    def round(self, adversarial, tick):
+    def round(self, adversarial: bool, tick: Tick) -> Losses:
         redraw(self.generator)
         return super().round(adversarial, tick)
 
-    def invert(self, z: Tensor, targets: Tensor, adversarial: bool, tick: Callable) -> dict[str, Tensor]:
+    def invert(self, z: Tensor, targets: Tensor, adversarial: bool, tick: Tick) -> Losses:
         """One round from latents z (N, nz), optimised in place, towards classes targets (N,)."""
         z.requires_grad_()
         optimizers = [adam((self.generator.parameters(), self.lr_g), ([z], self.lr_g))]
@@ -71,7 +71,7 @@ class CMI(Synthesizer):
             self.bank.add(rows)
         return losses
 
-    def losses(self, images: Tensor, targets: Tensor, adversarial: bool) -> tuple[dict[str, Tensor], list[Tensor]]:
+    def losses(self, images: Tensor, targets: Tensor, adversarial: bool) -> tuple[Losses, list[Tensor]]:
         """The terms of weight above 0 by name; with L_cr, the features (N, 2 D) of both views, else nothing."""
         losses = self.inversion_losses(self.view(images), targets, adversarial, self.layers if self.cr else ())
         if not self.cr:
@@ -108,12 +108,10 @@ class CMI(Synthesizer):
         u = torch.rand(3, n, device=images.device, dtype=images.dtype)
         scale = (0.25 + 0.75 * u[0]).sqrt()
         offset = (1 - scale) * (2 * u[1:] - 1)  # in the grid's units, -1..1 from edge to edge
-        matrix = torch.zeros(n, 2, 3, device=images.device, dtype=images.dtype)
-        matrix[:, 0, 0] = matrix[:, 1, 1] = scale
-        matrix[:, :, 2] = offset.t()
+        zero, across = torch.zeros_like(scale), scale
         if self.transform.flip:
-            mirror = torch.rand(n, device=images.device) < 0.5
-            matrix[:, 0, 0] = torch.where(mirror, -scale, scale)
+            across = torch.where(torch.rand(n, device=images.device) < 0.5, -scale, scale)
+        matrix = torch.stack([across, zero, offset[0], zero, scale, offset[1]], dim=1).view(n, 2, 3)
         grid = F.affine_grid(matrix, (n, 1, height, width), align_corners=False)
         return self.normalized(F.grid_sample(images, grid, align_corners=False, padding_mode="border"))
 
@@ -121,16 +119,13 @@ class CMI(Synthesizer):
         if self.cr:
             self.bank.flush()
 
-    def kept(self):
-        return ("generator", "head", "head_optimizer", "bank") if self.cr else ("generator",)
-
 
 def stages(network: nn.Module) -> list[nn.Module]:
     """`layer1`, `layer2` ... of a ResNet. Raises UsageError if the network has none."""
     found = [m for name, m in network.named_children() if re.fullmatch(r"layer\d", name)]
     if not found:
-        text = f"--feature_layers blocks: a {type(network).__name__} has no stages layer1, layer2 ... as ResNets have"
-        raise UsageError(f"{text}: give --feature_layers bn")
+        text = "has no stages layer1, layer2 ... as ResNets have: give --feature_layers bn"
+        raise UsageError(f"--feature_layers blocks: a {type(network).__name__} {text}")
     return found
 
 
@@ -151,7 +146,7 @@ class MemoryBank:
         self.rows, self.path = torch.empty(size, width, device=device), path
         self.count = self.new = self.saved = 0  # rows so far; of these, not in the file; ever written to it
 
-    def __len__(self):
+    def __len__(self) -> int:
         return min(self.count, len(self.rows))
 
     def _at(self, positions: Tensor) -> Tensor:
@@ -183,10 +178,10 @@ class MemoryBank:
         write_rows(self.path, *self._pieces(self.saved, self.rows[self._at(newest)]), new=not self.saved)
         self.saved, self.new = self.saved + self.new, 0
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, int]:
         return {"rows": self.saved + self.new}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, int]) -> None:
         self.saved, self.new = state["rows"], 0
         self.count = min(self.saved, len(self.rows))
         if self.count:

@@ -1,6 +1,6 @@
 """Adaptive DeepInversion (Yin et al., CVPR 2020): the pixels themselves are optimised."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from datafree.hooks import BatchNormHooks
 from datafree.losses import at_least_float32, js_loss, total_variation
 from datafree.pool import ImagePool
 
-from .base import STUDENT, Best, Method, Synthesizer, register
+from .base import STUDENT, Best, Losses, Method, Synthesizer, Tick, register
 
 
 class DeepInversion(Synthesizer):
@@ -26,7 +26,7 @@ class DeepInversion(Synthesizer):
     terms = ("bn", "oh", "adv", "tv", "l2")
     settings = (*Synthesizer.settings, *terms, "lr_g", "as_published")
 
-    def __init__(self, *networks, **settings):
+    def __init__(self, *networks: object, **settings: object):
         super().__init__(*networks, **settings)
         self.student_hooks, self.apart = BatchNormHooks(self.student), None
 
@@ -34,7 +34,7 @@ class DeepInversion(Synthesizer):
         """What a round starts from: noise as normalised images (N, C, H, W)."""
         return torch.randn(self.synthesis_batch_size, *self.shape, device=self.runtime.device)
 
-    def invert(self, x: Tensor, targets: Tensor, adversarial: bool, tick: Callable) -> dict[str, Tensor]:
+    def invert(self, x: Tensor, targets: Tensor, adversarial: bool, tick: Tick) -> Losses:
         """One round from normalised images x (N, C, H, W), which are optimised in place."""
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
         low, high = (self.transform.normalize(torch.full_like(x[:1], v)) for v in (0.0, 1.0))
@@ -68,26 +68,22 @@ class DeepInversion(Synthesizer):
         x = x.roll((rows, columns), (2, 3))
         return x.flip(3) if self.transform.flip and torch.rand(()) < 0.5 else x
 
-    def losses(self, x: Tensor, seen: Tensor, targets: Tensor, adversarial: bool) -> dict[str, Tensor]:
-        """The terms of weight above 0 by name; the networks look at `seen`, the priors at x."""
-        losses, adversarial = {}, bool(self.adv and adversarial)
+    def losses(self, x: Tensor, seen: Tensor, targets: Tensor, adversarial: bool) -> Losses:
+        """The terms that are on, by name; the networks look at `seen`, the priors at x."""
         with self.runtime.autocast():
             with self.hooks.record(bool(self.bn)):
                 t_logits = self.teacher(seen)
-            if adversarial or self.bn:
+            if self.bn or self.is_on("adv", adversarial):
                 with self.student_hooks.record(bool(self.bn)):
                     s_logits = self.student(seen)
-        if self.bn:
-            losses["loss_bn"] = self.hooks.loss() - 0.001 * self.student_hooks.loss()
-        if self.oh:
-            losses["loss_oh"] = F.cross_entropy(at_least_float32(t_logits), targets)
-        if adversarial:
-            losses["loss_adv"] = -js_loss(s_logits, t_logits)
-        if self.tv:
-            losses["loss_tv"] = total_variation(x)
-        if self.l2:
-            losses["loss_l2"] = x.norm()
-        return losses
+        return self.losses_of(
+            adversarial,
+            bn=lambda: self.hooks.loss() - 0.001 * self.student_hooks.loss(),
+            oh=lambda: F.cross_entropy(at_least_float32(t_logits), targets),
+            adv=lambda: -js_loss(s_logits, t_logits),
+            tv=lambda: total_variation(x),
+            l2=x.norm,
+        )
 
 
 RECIPE = STUDENT | dict(g_steps=1000, lr_g=0.1, adv=1.0, bn=10.0, oh=1.0, tv=0.0, l2=0.0)

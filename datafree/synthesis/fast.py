@@ -1,12 +1,11 @@
 """Fast-Datafree (Fang et al., AAAI 2022): a generator that is meta-learnt across batches."""
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from .base import GENERATOR, STUDENT, Best, Method, Synthesizer, adam, redraw, register
+from .base import GENERATOR, STUDENT, Best, Losses, Method, Synthesizer, Tick, adam, redraw, register
 
 
 class Fast(Synthesizer):
@@ -24,15 +23,17 @@ class Fast(Synthesizer):
     terms = ("bn", "oh", "adv")
     own = ("lr_g", "lr_z", "bn_mmt", "meta", "is_maml", "reset_l0", "reset_bn", "as_published")
     settings = (*Synthesizer.settings, *terms, *own)
+    kept = ("generator", "hooks")
     reptile_factor = 67.0
     summed = True  # whether first-order MAML takes the gradients of all steps
 
-    def __init__(self, *networks, **settings):
+    def __init__(self, *networks: object, **settings: object):
         super().__init__(*networks, **settings)
         if self.meta:
             self.meta_optimizer = adam((self.generator.parameters(), self.lr_g * self.g_steps))
+            self.kept = (*self.kept, "meta_optimizer")
 
-    def invert(self, z: Tensor, targets: Tensor, adversarial: bool, tick: Callable) -> dict[str, Tensor]:
+    def invert(self, z: Tensor, targets: Tensor, adversarial: bool, tick: Tick) -> Losses:
         """One round from latents z (N, nz), optimised in place, towards classes targets (N,)."""
         z.requires_grad_()
         inner = copy.deepcopy(self.generator) if self.meta else self.generator
@@ -88,8 +89,53 @@ class Fast(Synthesizer):
             for norm in norms:
                 redraw(norm)
 
-    def kept(self):
-        return ("generator", "hooks", "meta_optimizer") if self.meta else ("generator", "hooks")
+
+class FastLatents(Fast):
+    """Fast on ImageNet: its rounds share common latents as they share a common generator.
+
+    A round's copies of both take `g_steps` steps of Adam (lr_g, lr_z), and the common ones a step
+    of Adam (meta_lr_g, meta_lr_z): by Reptile (`is_maml` 0) along `reptile_factor` times the difference
+    between them and their copies' ends, by first-order MAML (1) along the copies' last gradients. After
+    `z_rounds` rounds the common latents are drawn anew, and their Adam begins again.
+
+    In the published code latents and copy share their memory: the difference is 0, the latents are their gradient.
+    """
+
+    own = ("lr_g", "lr_z", "meta_lr_g", "meta_lr_z", "z_rounds", "reptile_factor", "is_maml", "bn_mmt")
+    settings = (*Synthesizer.settings, *Fast.terms, *own)
+    meta, summed = True, False
+
+    def __init__(self, *networks: object, **settings: object):
+        super().__init__(*networks, **settings)
+        self.meta_optimizer = adam((self.generator.parameters(), self.meta_lr_g))
+        self.rounds, self.kept = 0, (*self.kept, "z_optimizer")
+        shape = self.synthesis_batch_size, *self.generator.latent_shape
+        self.share(torch.zeros(shape, device=self.runtime.device))  # the first round draws them
+
+    def share(self, z: Tensor) -> None:
+        """Take latents z (N, nz, h, w) as the common ones of the rounds to come."""
+        self.z, self.z_optimizer = z, adam(([z], self.meta_lr_z))
+
+    def common(self) -> list[Tensor]:
+        return [*super().common(), self.z]
+
+    def meta_step(self) -> None:
+        super().meta_step()
+        self.z_optimizer.step()
+
+    def round(self, adversarial: bool, tick: Tick) -> Losses:
+        if self.rounds % self.z_rounds == 0:
+            self.share(self.latents())
+        self.rounds += 1
+        return self.invert(self.z.clone(), self.targets(), adversarial, tick)
+
+    def state_dict(self) -> dict[str, object]:
+        return super().state_dict() | {"z": self.z, "rounds": self.rounds}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.share(state["z"])
+        self.rounds = state["rounds"]
+        super().load_state_dict(state)
 
 
 # What the published scripts choose by teacher and by g_steps.
@@ -110,7 +156,16 @@ FLAGS = {
     "reset_l0": "1: redraw the generator's first layer in mid-run",
     "reset_bn": "1: redraw the generator's BatchNorm layers in mid-run",
     "is_maml": "1: first-order MAML, 0: Reptile",
+    "milestones": "lr x 0.1 at these fractions of the epochs",
+    "phase1_rounds": "rounds without a student before the first epoch",
+    "meta_lr_g": "learning rate of the common generator", "meta_lr_z": "learning rate of the common latents",
+    "z_rounds": "rounds with the same common latents", "reptile_factor": "of Reptile's meta gradients",
 }
+# The published settings of datafree_kd_imagenet.py; adv is 1.0 where the student is a ResNet-18.
+IMAGENET = dict(n_epochs=400, ep_steps=1000, kd_steps=100, batch_size=100, lr=0.1, weight_decay=1e-4,
+                milestones=[0.6, 0.75, 0.9], criterion="kl", T=5.0, phase1_rounds=1400, synthesis_batch_size=100,
+                g_steps=50, lr_g=2e-4, lr_z=0.01, meta_lr_g=1e-4, meta_lr_z=5e-3, z_rounds=50, reptile_factor=1.0,
+                is_maml=0, bn=0.1, oh=0.1, adv=0.1, bn_mmt=0.0, nz=256, ngf=64)
 # fmt: on
 register("fast", Method(Fast, RECIPE, dict(meta=False, is_maml=0), adjust), FLAGS)
 register("fast_meta", Method(Fast, RECIPE | dict(is_maml=1), dict(meta=True), adjust))

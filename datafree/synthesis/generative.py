@@ -8,54 +8,49 @@ from torch import Tensor
 
 from datafree.losses import activation_loss, information_entropy_loss, one_hot_loss
 
-from .base import CRITERIA, GENERATOR, STUDENT, Method, Synthesizer, adam, register
+from .base import CRITERIA, GENERATOR, STUDENT, Losses, Method, Synthesizer, Tick, adam, register
 
 
 class Generative(Synthesizer):
     """One generator, trained through the whole run; the student sees fresh images of it.
 
-    It minimises  bn L_bn + oh L_oh + act L_act - adv D(s, t) + balance sum_c p_c log p_c,  with
-    the last term DAFL's L_ie in natural logarithms and D the mean absolute difference of the logits
-    (`criterion` "l1") or KL(t || s) ("kl").
-
-    The published code hands the teacher in as the student, so that D is always 0; so does `as_published`.
+    It minimises  bn L_bn + oh L_oh + act L_act - adv D(s, t) + balance sum_c p_c log p_c,  the last term DAFL's L_ie in
+    natural logarithms and D the mean absolute difference of the logits (`criterion` "l1") or KL(t || s) ("kl"). The
+    published code hands the teacher in as the student, so that D is always 0; so does `as_published`.
     """
 
     terms = ("bn", "oh", "adv", "act", "balance")
     settings = (*Synthesizer.settings, *terms, "lr_g", "criterion", "as_published")
+    kept = ("generator", "optimizer")
     pooled = False
     published_T = 1.0
 
-    def __init__(self, *networks, **settings):
+    def __init__(self, *networks: object, **settings: object):
         super().__init__(*networks, **settings)
         self.optimizer = adam((self.generator.parameters(), self.lr_g))
         self.opponent = self.teacher if self.as_published else self.student
 
-    def round(self, adversarial, tick):
+    def round(self, adversarial: bool, tick: Tick) -> Losses:
         for _ in range(self.g_steps):
             losses = self.step(self.latents(), adversarial)
             self.descend(self.weigh(losses), tick, self.optimizer)
         return losses
 
-    def step(self, z: Tensor, adversarial: bool) -> dict[str, Tensor]:
-        """The losses of weight above 0 on the images of latents z (N, nz), by name."""
+    def step(self, z: Tensor, adversarial: bool) -> Losses:
+        """The losses that are on, of the images of latents z (N, nz), by name."""
         x = self.normalized(self.generate(self.generator, z))
         with self.runtime.autocast():
             with self.hooks.record(bool(self.bn)):
                 t_logits, t_features = self.teacher(x, return_features=True)
-            s_logits = self.opponent(x) if self.adv and adversarial else None
-        losses = {}
-        if self.bn:
-            losses["loss_bn"] = self.hooks.loss()
-        if self.oh:
-            losses["loss_oh"] = one_hot_loss(t_logits)
-        if self.act:
-            losses["loss_act"] = activation_loss(t_features)
-        if self.balance:
-            losses["loss_balance"] = information_entropy_loss(t_logits, math.e)
-        if s_logits is not None:
-            losses["loss_adv"] = -CRITERIA[self.criterion](s_logits, t_logits)
-        return losses
+            s_logits = self.opponent(x) if self.is_on("adv", adversarial) else None
+        return self.losses_of(
+            adversarial,
+            bn=self.hooks.loss,
+            oh=lambda: one_hot_loss(t_logits),
+            act=lambda: activation_loss(t_features),
+            balance=lambda: information_entropy_loss(t_logits, math.e),
+            adv=lambda: -CRITERIA[self.criterion](s_logits, t_logits),
+        )
 
     @torch.no_grad()
     def sample(self, n: int, batch_size: int) -> Iterator[Tensor]:
@@ -72,9 +67,6 @@ class Generative(Synthesizer):
         x = self.generator.eval()(z)
         self.generator.train()
         return x
-
-    def kept(self):
-        return "generator", "optimizer"
 
 
 RECIPE = STUDENT | GENERATOR | dict(kd_steps=5, g_steps=1, lr_g=1e-3, adv=0.0, bn=0.0, oh=0.0, act=0.0, balance=0.0)

@@ -1,0 +1,40 @@
+"""What a run reads: the data set by its flags, and by what its teacher's file says of it."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import replace
+
+from data import SOURCES, get_dataset, get_segmentation
+from datafree.errors import UsageError
+
+
+def open_data(args: argparse.Namespace, metadata: Mapping, train: bool = False, segmentation: bool = False):
+    """The data set of args, its training images only if `train`.
+
+    Args:
+        metadata: of the teacher's file; it knows the statistics, and of a folder or of no images the rest.
+
+    Raises:
+        UsageError, DataError: statistics that nobody knows or that do not fit; whatever is wrong with the files.
+    """
+    if segmentation:
+        data = get_segmentation(args.dataset, args.data_root, args.mean, args.std, train)
+    else:
+        known = metadata if args.dataset in ("none", "folder") else {}
+        channels, num_classes = (args.channels, args.num_classes) if "channels" in args else (None, None)
+        size, channels = args.img_size or known.get("img_size"), channels or known.get("channels")
+        if args.dataset == "none":
+            num_classes = num_classes or metadata.get("num_classes")
+        about = args.dataset, args.data_root, size, channels, args.mean, args.std, args.attribute
+        data = get_dataset(*about, train=train, num_classes=num_classes)
+        if args.dataset == "none" and (source := SOURCES.get(metadata.get("dataset"))):
+            data = replace(data, padding=data.img_size // 8 if source.crop else 0, flip=source.flip)
+    for key in ("mean", "std"):
+        values = metadata.get(key, getattr(data, key))
+        if values is None:
+            text = f"the statistics of {args.dataset} are not known, as the teacher's file does not say them: "
+            raise UsageError(text + "give --mean and --std, one value per channel")
+        if len(values) != data.channels:
+            text = f"the teacher's file has {len(values)} values as {key}, the images {data.channels} channels: "
+            raise UsageError(text + f"give --{key}, one value per channel")
+    return data

@@ -58,6 +58,7 @@ from datafree.augment import Transform
 from datafree.cli import Parser, cli, describe_presets, number, path_word, positive
 from datafree.errors import UsageError
 from datafree.losses import at_least_float32, kd_loss
+from datafree.resume import ANYTHING, difference
 from datafree.run import Run
 from datafree.runtime import Runtime, lr_at, make_optimizer, set_lr
 from datafree.session import Session
@@ -205,7 +206,10 @@ def scan(teacher: nn.Module, split: TensorSplit | FileSplit, transform: Transfor
 
 
 def cached_scan(s: Session, split: TensorSplit | FileSplit, fingerprint: str, transform: Transform) -> dict:
-    """`scan`, or what is left of an earlier one of the same teacher and images in <out>/wild_scans."""
+    """`scan`, or what is left of an earlier one of the same teacher and images in <out>/wild_scans.
+
+    Raises UsageError if that is damaged.
+    """
     key = hashlib.sha256(repr((fingerprint, len(split), transform.mean, transform.std, s.runtime.precision)).encode())
     for name, tensor in s.teacher.state_dict().items():
         key.update(name.encode())
@@ -213,7 +217,11 @@ def cached_scan(s: Session, split: TensorSplit | FileSplit, fingerprint: str, tr
     path = Path(s.args.out) / "wild_scans" / f"{key.hexdigest()[:16]}.pt"
     if path.exists():
         s.run.log(f"wild set: {len(split):,} images, scanned before ({path})")
-        return checkpoint.read(path)
+        found, n = checkpoint.read(path), len(split)
+        wanted = dict(values=torch.empty(n), labels=torch.empty(n, dtype=torch.int16), broken=0, example=ANYTHING)
+        if difference(found, wanted) or not ((found["labels"] >= 0) & (found["labels"] < s.data.num_classes)).all():
+            raise UsageError(f"{path} is no scan of this set: delete it, and the set is scanned anew")
+        return found
     started = time.perf_counter()
     found = scan(s.folded_teacher, split, transform, s.runtime)
     seconds = time.perf_counter() - started

@@ -52,6 +52,7 @@ import datafree.interrupt  # noqa: F401
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -278,7 +279,7 @@ def read_inverted(path: str, shape: tuple[int, int, int]) -> Tensor:
     try:
         with np.load(path) as archive:
             images = torch.from_numpy(archive["images"]).permute(0, 3, 1, 2)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, BadZipFile) as error:
         raise UsageError(f"{path} is no archive of --export_images: {error}") from error
     if images.dtype != torch.uint8 or images.shape[1:] != shape:
         raise UsageError(f"{path} holds {images.dtype} images of shape {tuple(images.shape[1:])}, not uint8 of {shape}")

@@ -3,7 +3,6 @@
 import argparse
 import io
 import json
-import math
 import os
 import pickle
 import platform
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from datafree.errors import UsageError
 
@@ -111,8 +109,8 @@ def weights(content, path: str | Path) -> dict[str, Tensor]:
 
 
 def is_plain(value: Tensor) -> bool:
-    """Whether a tensor is dense, and neither nested nor quantised."""
-    return value.layout == torch.strided and not value.is_nested and not value.is_quantized
+    """Whether a tensor is dense, has values, and is neither nested nor quantised."""
+    return value.layout == torch.strided and not (value.is_nested or value.is_quantized or value.is_meta)
 
 
 def load_weights(model: nn.Module, content, path: str | Path, architecture: str) -> None:
@@ -137,46 +135,6 @@ def load_weights(model: nn.Module, content, path: str | Path, architecture: str)
     if missing or unexpected:
         lack = f"it lacks {len(missing)} of its tensors and has {len(unexpected)} others"
         raise UsageError(f"checkpoint {path} is for {made_for}, not {architecture} ({lack}): {cure}")
-
-
-def live_state(value) -> dict:
-    """What a saved state of `value` is compared with: its own, and in an optimiser's "state" the parameters."""
-    if isinstance(value, Optimizer):
-        return value.state_dict() | {"state": [p for group in value.param_groups for p in group["params"]]}
-    return value.state_dict() | {name: live_state(getattr(value, name)) for name in getattr(value, "kept", ())}
-
-
-def difference(saved, live, where: str = "") -> str | None:
-    """What keeps a saved state from being loaded where `live` is: the first difference, in words, or None.
-
-    Compared are keys, types, shapes and dtypes; where `live` is None or an empty list its content may be anything.
-    """
-    kind = next((k for k in (bool, int | float, str, Tensor, dict, list | tuple) if isinstance(live, k)), None)
-    if kind is None or kind == (list | tuple) and not live and isinstance(saved, kind):
-        return None
-    if not isinstance(saved, kind) or isinstance(saved, bool) != (kind is bool):
-        return f"{where} is a {type(saved).__name__}, not a {type(live).__name__}"
-    if kind is Tensor and not (is_plain(saved) and (saved.shape, saved.dtype) == (live.shape, live.dtype)):
-        sizes = (f"{list(v.shape)} of {str(v.dtype).removeprefix('torch.')}" for v in (saved, live))
-        return f"{where} is {' not '.join(sizes)}"
-    if kind is dict and saved.keys() != live.keys():
-        return f"{where} has or lacks {', '.join(map(str, saved.keys() ^ live.keys()))}"
-    if kind is dict and "param_groups" in live:
-        slots = {"step", "exp_avg", "exp_avg_sq"} if "betas" in live["param_groups"][0] else {"momentum_buffer"}
-        saved, live, parameters = saved.copy(), live.copy(), live["state"]
-        state = saved["state"] if isinstance(saved["state"], dict) else {None: None}
-        if not all(isinstance(i, int) and 0 <= i < len(parameters) and isinstance(s, dict) for i, s in state.items()):
-            return f"{where}.state is no optimiser's"
-        saved["state"] = state
-        step = torch.zeros(())
-        live["state"] = {i: {k: step if k == "step" else parameters[i] for k in slots} for i in state}
-    if kind in (dict, list | tuple):
-        if len(saved) != len(live):
-            return f"{where} has {len(saved)} parts, not {len(live)}"
-        keys = live if kind is dict else range(len(live))
-        found = (difference(saved[key], live[key], f"{where}.{key}".lstrip(".")) for key in keys)
-        return next(filter(None, found), None)
-    return f"{where} is {saved}" if kind == (int | float) and not math.isfinite(saved) else None
 
 
 def rng_state(device: torch.device) -> dict:

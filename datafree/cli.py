@@ -305,7 +305,7 @@ class Stream:
 
 
 # Where torch says that memory is short in a RuntimeError of no class of its own.
-NO_MEMORY = re.compile("can't allocate memory|out of memory|Storage size calculation overflowed|invalid.*memory size")
+NO_MEMORY = re.compile("can't allocate memory|out of memory|Storage size calculation overflowed|DataLoader worker")
 
 
 def cli(main: Callable, parse_args: Callable) -> None:

@@ -11,17 +11,25 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from data import Segmentation
+from datafree.errors import UsageError
 from datafree.runtime import Runtime
 
 
 def plot_accuracy(path: Path, runs: Mapping[str, Path], column: str = "accuracy", over: str = "seconds") -> None:
-    """Draw a test score over seconds or epochs: `runs` maps a label to its metrics.csv."""
+    """Draw a test score over seconds or epochs: `runs` maps a label to its metrics.csv.
+
+    Raises:
+        UsageError: a file that is none.
+    """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel=over, ylabel=f"test {column} (%)")
     for label, source in runs.items():
-        with Path(source).open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        x, y = ([float(row[key]) for row in rows] for key in (over, column))
+        try:
+            with Path(source).open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            x, y = ([float(row[key]) for row in rows] for key in (over, column))
+        except (ValueError, TypeError, LookupError, csv.Error) as error:
+            raise UsageError(f"{source} is no metrics.csv with {over} and {column} ({error}): name another") from error
         axes.plot(x, y, label=label, marker="." if len(rows) < 30 else "")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small").set_in_layout(False)  # long names of runs would leave no room to the axes

@@ -121,6 +121,10 @@ class ImagePool:
         return {"images": len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        size, found = math.prod(self.shape), self.path.stat().st_size if self.path.is_file() else 0
+        if not 0 <= state["images"] * size <= found:
+            text = f"{self.path} has not the {state['images']} images that the checkpoint counts"
+            raise UsageError(f"{text}: start the run anew, without --resume")
         self._reserve(state["images"])
         near, far = self._parts()
         read_rows(self.path, (0, near), (near.numel(), far))

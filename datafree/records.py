@@ -20,11 +20,10 @@ def read_records(*folders: str | Path) -> list[dict]:
             raise UsageError(f"{folder} does not exist: name the folder of the records")
         for path in sorted(folder.rglob("*.json")):
             try:
-                content = json.loads(path.read_text())
-            except ValueError as error:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                if isinstance(content, dict) and {*SAME, "last", "best", "args", "script"} <= content.keys():
+                    same = tuple(content[key] for key in SAME)
+                    records.setdefault(same, content | {"file": path.relative_to(folder).as_posix()})
+            except (ValueError, TypeError, RecursionError) as error:
                 raise UsageError(f"{path} is damaged ({error}): delete it or copy it again") from error
-            if isinstance(content, dict) and {*SAME, "last", "best", "args", "script"} <= content.keys():
-                records.setdefault(
-                    tuple(content[key] for key in SAME), content | {"file": path.relative_to(folder).as_posix()}
-                )
     return list(records.values())

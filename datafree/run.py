@@ -30,10 +30,10 @@ from datafree import checkpoint
 from datafree.cli import FREE, STARTED
 from datafree.errors import TimeLimit, UsageError
 from datafree.plots import plot_accuracy
+from datafree.resume import ABOUT, damage
 from datafree.runtime import Runtime, commit, device_name
 from datafree.visdom import Visdom
 
-ABOUT = ("command", "commit", "versions", "hardware", "precision")  # what each piece of a run says of itself
 SAY_EVERY = 60  # seconds between the lines of a log that is no terminal
 LOCKS: dict[Path, FileLock] = {}  # the runs of this process
 
@@ -98,6 +98,7 @@ class Run:
         self.best_score, self.best_epoch, self.next_epoch = -math.inf, None, 0
         self.pieces, self.rows, self.bar, self.visdom, self.percent = [], [], None, None, None
         self.longest, self.epoch_started = 0.0, time.monotonic()
+        lock(args)
         try:
             if args.resume and not self.last.exists():
                 self._stretch()
@@ -133,7 +134,8 @@ class Run:
             print(f"{other.name} goes on as {self.name}: its schedule stretches")
 
     def _is_shorter(self, folder: Path) -> bool:
-        with contextlib.suppress(OSError, ValueError, TypeError):  # a folder that says nothing is not taken
+        # A folder that says nothing is not taken.
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError, RecursionError):
             return json.loads((folder / "args.json").read_text())["n_epochs"] < self.args.n_epochs
         return False
 
@@ -166,7 +168,7 @@ class Run:
         state = content.get("run") if isinstance(content, dict) else None
         if state is None:
             raise UsageError(f"{self.last} holds weights and no run: leave --resume out")
-        if not (wrong := self._damage(content)):
+        if not (wrong := damage(content, self.states, self.args.n_epochs, self.column)):
             self._compare(state["args"])
             try:
                 for name, value in self.states.items():
@@ -183,32 +185,6 @@ class Run:
         self._write_rows()  # as the checkpoint knows them, whatever became of the file
         first = "before the end of what precedes the first epoch"
         self.log(f"resumed {f'after epoch {self.next_epoch}' if self.next_epoch else first}")
-
-    def _damage(self, content: dict) -> str | None:
-        """What is wrong with a checkpoint, in words: nothing of it is loaded before this is None."""
-        states = {name: checkpoint.live_state(value) for name, value in self.states.items()}
-        rng = dict(cpu=torch.get_rng_state(), cuda=None)
-        run = dict(states=states, rng=rng, pieces=None, rows=None, args=None, best_score=None, best_epoch=None)
-        if wrong := checkpoint.difference(content, dict(state_dict=None, metadata=None, epoch=0, run=run)):
-            return wrong
-        epoch, run, metadata = content["epoch"], content["run"], content["metadata"]
-        if type(epoch) is not int or not -1 <= epoch < self.args.n_epochs:
-            return f"epoch {epoch} of {self.args.n_epochs}"
-        piece = dict(epochs=[0, 0], seconds=0.0, **dict.fromkeys(ABOUT))
-        kinds = dict(args=(run["args"], dict), best_score=(run["best_score"], float), metadata=(metadata, dict))
-        kinds |= dict(pieces=(run["pieces"], list), rows=(run["rows"], list), cuda=(run["rng"]["cuda"], list))
-        for name, (value, kind) in kinds.items():
-            if not isinstance(value, kind):
-                return f"{name} is a {type(value).__name__}"
-        for i, made in enumerate(run["pieces"]):
-            if wrong := checkpoint.difference(made, piece, f"pieces.{i}"):
-                return wrong
-        numbers = [row.get("epoch") if isinstance(row, dict) else row for row in run["rows"]]
-        if numbers != list(range(1, epoch + 2)) or not all(self.column in row for row in run["rows"]):
-            return f"rows of epochs {numbers[:3]} ..., not of 1 to {epoch + 1}"
-        if epoch >= 0 and not isinstance(metadata.get(self.column), int | float):
-            return f"no {self.column} in its metadata"
-        return None
 
     def _compare(self, old: dict) -> None:
         """Raise UsageError where a flag, the data or the teacher is not the run's."""
@@ -293,7 +269,7 @@ class Run:
         if self.visdom:
             for name, value in {self.column: percent, **losses}.items():
                 self.visdom.curve(name, epoch + 1, value)
-        if self.next_epoch < (self.args.n_epochs or math.inf):
+        if self.next_epoch < self.args.n_epochs:
             self.check_time()
 
     def save_first(self, losses: Mapping, model: nn.Module, metadata: dict) -> None:

@@ -14,7 +14,7 @@ from datafree.augment import Transform
 from datafree.errors import UsageError
 from datafree.fold import fold_batch_norm
 from datafree.inputs import open_data
-from datafree.run import Run, column_of, finished, lock
+from datafree.run import Run, column_of, finished
 from datafree.runtime import setup
 from datafree.teachers import find_teacher, load_teacher, own_weights
 from models import get_generator, get_model, get_segmenter
@@ -72,8 +72,6 @@ class Session:
             percent, _ = self.evaluate(self.student)
             print(f"[Eval] {path} {self.score}={percent:.2f}{self._error_text(percent)}")
             self.result = {"weights": str(path), column_of(self.score): percent}
-        else:
-            lock(args)
 
     def _build(self, name: str, num_classes: int, channels: int) -> nn.Module:
         return get_segmenter(name, num_classes) if self.segmentation else get_model(name, num_classes, channels)

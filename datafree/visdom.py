@@ -101,7 +101,7 @@ class Visdom:
     def curve(self, name: str, x: int, y: float) -> None:
         """Append the point (x, y) to the window `name`."""
         if name not in self.curves:
-            self.curves[name] = [(int(r["epoch"]), float(r[name])) for r in self.rows if r.get(name)]
+            self.curves[name] = [(int(r["epoch"]), float(r[name])) for r in self.rows if r.get(name) is not None]
         self.curves[name].append((x, y))
         self._send(self._draw_curve, name)
 

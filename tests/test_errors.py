@@ -106,7 +106,7 @@ def test_impossible_combinations(refused, checkpoints):
         (DAFL_train, ("--batch_size", "1"), "impossible"),
         (DAFL_train, ("--lr_G", "nan"), "impossible"),
         (DAFL_train, ("--lr_S", "inf"), "impossible"),
-        (DAFL_train, ("--lr_S", "0"), "must be above 0"),
+        (DAFL_train, ("--lr_S", "0"), "must be at least 1e-12"),
         (DAFL_train, ("--teacher", "hintonnet"), "lenet5_half takes images of 32 pixels, not 28"),
         (vanilla_kd, ("--transfer_set", "noise", "--beta", "1"), "labels"),
         (vanilla_kd, ("--alpha", "0"), "nothing would be learnt"),

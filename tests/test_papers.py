@@ -202,6 +202,11 @@ def test_verdicts():
 # reproduce.py
 
 
+@pytest.fixture(autouse=True)
+def nothing_shipped(monkeypatch, tmp_path):
+    monkeypatch.setattr(reproduce, "SHIPPED", tmp_path / "shipped")
+
+
 def run(*argv):
     return reproduce.main(reproduce.parse_args([str(a) for a in argv]))
 

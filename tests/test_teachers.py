@@ -1,15 +1,20 @@
 """teacher_train.py's recipes, rates and files, and the teacher that vanilla_kd.py distils from."""
 
+import hashlib
+import json
+
 import pytest
 import torch
 from torch import nn
 
+import DAFL_train
 import teacher_train
 import vanilla_kd
 from data import get_dataset
-from datafree import checkpoint
+from datafree import checkpoint, teachers
 from datafree.cli import path_word
 from datafree.session import Session
+from models import get_model
 
 SHORT = ("--dataset", "digits", "--n_epochs", "1", "--batch_size", "256")
 
@@ -183,3 +188,24 @@ def test_scratch_needs_no_teacher(tmp_path):
     result = run(vanilla_kd, tmp_path, "--scratch")
     assert (result["method"], result["student"]) == ("Student", "lenet5_half") and "teacher_weights" not in result
     assert run(vanilla_kd, tmp_path, "--scratch", "--evaluate_only")["accuracy"] == result["best"]
+
+
+SHIPPED = sorted(teachers.SHIPPED.glob("*.pt"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_what_ships_is_what_its_record_says(path):
+    """pretrained/<data>-<model>-<recipe>.pt, with the result.json of its run beside it; under 10 MB."""
+    record, content = json.loads(path.with_suffix(".json").read_text()), checkpoint.read(path)
+    known = checkpoint.metadata_of(content, path)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == record["weights_sha256"]
+    assert path.stem.split("-", 2)[:2] == [known["dataset"], known["model"]] == [record["dataset"], record["model"]]
+    assert known["accuracy"] == record["best"] and record["commit"] and record["standard_error"] > 0
+    model = get_model(known["model"], known["num_classes"], known["channels"])
+    checkpoint.load_weights(model, content, path, known["model"])
+    assert path.stat().st_size < 10e6 and len(SHIPPED) >= 4
+
+
+def test_a_shipped_teacher_is_found_from_a_fresh_clone(tmp_path):
+    args = DAFL_train.parse_args(["--dataset", "mnist", "--checkpoints", str(tmp_path)])
+    assert teachers.find_teacher(args).name == "mnist-lenet5-dafl-mnist.pt"

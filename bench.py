@@ -2,13 +2,16 @@
 
     python bench.py                     # DAFL: LeNet-5, MNIST size, batch 512; --setting dfad_mnist: DFAD
     python bench.py --setting cifar10   # DAFL: ResNet-34 -> ResNet-18, batch 256; also dfad_cifar, fast_resnet
-    python bench.py --setting fast_wrn  # fast_meta: WRN-40-2 -> WRN-16-1, batch 256
+    python bench.py --setting fast_wrn  # fast_meta: WRN-40-2 -> WRN-16-1, batch 256; fast_wrn16: WRN-16-2 -> WRN-16-1
+    python bench.py --setting teacher   # teacher training, WRN-40-2, batch 256
+    python bench.py --setting camvid    # DFAD, DeepLabv3 ResNet-50 -> MobileNet, 128 pixels, batch 64
 
 The published way is float32, NCHW, eager, with upsampling and convolution apart and the C library's own treatment of
-freed memory; for fast_meta, synthetic images are also written as PNG files and read back by four worker processes
-through PIL, and the hooks on the teacher's BatchNorm layers stay in student steps too. Ours is what the script does on
-this device. A round of synthesis is Fast-2: two updates make a batch, which goes to the pool; images of a round, as of
-the six steps of a DFAD iteration, count once.
+freed memory; a teacher's images are read by four worker processes through PIL; for fast_meta, synthetic images are
+also written as PNG files and read back in this way, and the hooks on the teacher's BatchNorm layers stay in student
+steps too. The published scripts are slower still: their logging, their tests and their own data loaders are left out.
+Ours is what the script does on this device. A round of synthesis is Fast-2: two updates make a batch, which goes to
+the pool; images of a round, as of the six steps of a DFAD iteration, count once.
 
 Both run the same functions on the same networks, each in a process of its own, so that neither uses the other's memory;
 their blocks of steps alternate, so that a machine whose speed drifts drifts for both. Reported are the medians over the
@@ -32,7 +35,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
@@ -41,9 +44,11 @@ from torchvision.transforms.functional import to_pil_image
 
 import DAFL_train
 import datafree_kd
+import DFAD_camvid_deeplab
 import DFAD_cifar
 import DFAD_mnist
-from data import SOURCES
+import teacher_train
+from data import SOURCES, TensorSplit
 from datafree.augment import Transform
 from datafree.cli import DEVICE, Parser, batch, cli, count, number
 from datafree.fold import fold_batch_norm
@@ -52,7 +57,7 @@ from datafree.pool import ImagePool
 from datafree.runtime import Runtime, device_name, keep_memory, make_optimizer, setup
 from datafree.session import Session
 from datafree.synthesis import Fast
-from models import get_generator, get_model, set_folded
+from models import get_generator, get_model, get_segmenter, set_folded
 
 POOL = 10240  # images in the pool of fast_meta: a run's has 256 to 56,320
 WAYS = ("published", "ours")
@@ -66,12 +71,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """The command line."""
     p = Parser(__file__, __doc__)
     p.add_argument("--setting", choices=SETTINGS, default="mnist", help="(default: %(default)s)")
-    p.add_argument("--batch_size", type=batch, help="(default: 512 for LeNet-5, else 256)")
+    p.add_argument("--batch_size", type=batch, help="(default: 512 for LeNet-5, 64 for CamVid, else 256)")
     p.add_argument("--steps", type=count, default=4, help="of a block; of rounds one (default: %(default)s)")
     p.add_argument("--repeats", type=number(int, 2), default=5, help="blocks of each way (default: %(default)s)")
     p.add(*FLAGS)
     args = p.parse_args(argv)
-    args.batch_size = args.batch_size or (512 if args.setting.endswith("mnist") else 256)
+    args.batch_size = args.batch_size or (512 if args.setting.endswith("mnist") else BATCHES.get(args.setting, 256))
     return args
 
 
@@ -83,6 +88,7 @@ class Way:
     """
 
     network = "dafl"  # the generator
+    size, classes, get_model = 32, 10, staticmethod(get_model)  # of images and networks
     step = Session.step
 
     def __init__(self, name: str, args: Namespace, runtime: Runtime, script: ModuleType, *flags: object):
@@ -94,14 +100,18 @@ class Way:
         self.args = script.parse_args([*flags, "--batch_size", args.batch_size])
         self.run = SimpleNamespace(tick=lambda loss: None)
         torch.manual_seed(0)
-        self.channels = SOURCES[self.args.dataset].channels
-        self.generator = set_folded(get_generator(self.network, self.args.nz, 32, self.channels), self.ours)
-        self.teacher = get_model(self.args.teacher, 10, self.channels).eval().requires_grad_(False)
-        self.student = get_model(self.args.student, 10, self.channels)
+        self.channels = SOURCES[self.args.dataset].channels if self.args.dataset in SOURCES else 3
         self.layout = torch.channels_last if self.ours else torch.contiguous_format
-        for network in (self.generator, self.teacher, self.student):
-            network.to(self.device, memory_format=self.layout)
-        self.folded_teacher = fold_batch_norm(self.teacher) if self.ours else self.teacher
+        self.student = self._place(getattr(self.args, "student", None) or self.args.model)
+        if "teacher" in self.args:
+            generator = get_generator(self.network, self.args.nz, self.size, self.channels)
+            self.generator = set_folded(generator, self.ours).to(self.device, memory_format=self.layout)
+            self.teacher = self._place(self.args.teacher).eval().requires_grad_(False)
+            self.folded_teacher = fold_batch_norm(self.teacher) if self.ours else self.teacher
+
+    def _place(self, name: str) -> nn.Module:
+        network = self.get_model(name, self.classes, self.channels)
+        return network.to(self.device, memory_format=self.layout)
 
 
 class DaflWay(Way):
@@ -144,19 +154,60 @@ class DaflWay(Way):
 class DfadWay(Way):
     """DFAD."""
 
-    network = "generator_a"
+    network, log_space = "generator_a", False
 
     def __init__(self, name: str, args: Namespace, runtime: Runtime):
-        script = DFAD_mnist if args.setting == "dfad_mnist" else DFAD_cifar
+        script = dict(dfad_mnist=DFAD_mnist, camvid=DFAD_camvid_deeplab).get(args.setting, DFAD_cifar)
         super().__init__(name, args, runtime, script, "--epoch_itrs", 1)
         self.optimizer_S = make_optimizer("sgd", self.student.parameters(), self.args.lr_S, 5e-4)
         self.optimizer_G = make_optimizer("adam", self.generator.parameters(), self.args.lr_G)
 
     def iteration(self) -> None:
         """Five student steps and one of the generator."""
-        DFAD_cifar.train_epoch(0, self, self.generator, self.optimizer_S, self.optimizer_G)
+        DFAD_cifar.train_epoch(0, self, self.generator, self.optimizer_S, self.optimizer_G, self.log_space)
 
     steps = {"DFAD iteration": iteration}
+
+
+class CamvidWay(DfadWay):
+    """DFAD of segmentation networks."""
+
+    network, log_space, size, classes = "generator_b", True, 128, 11
+
+    @staticmethod
+    def get_model(name: str, classes: int, channels: int) -> nn.Module:
+        return get_segmenter(name, classes)
+
+
+class TeacherWay(Way):
+    """Teacher training on as many images as the pool of fast_meta has."""
+
+    def __init__(self, name: str, args: Namespace, runtime: Runtime):
+        super().__init__(name, args, runtime, teacher_train, "--dataset", "cifar10", "--model", "wrn40_2")
+        source, images = SOURCES["cifar10"], torch.randint(256, (POOL, 3, 32, 32), dtype=torch.uint8)
+        self.transform = Transform(source.mean, source.std, padding=4, flip=True)
+        self.optimizer = make_optimizer("sgd", self.student.parameters(), 0.1, 5e-4)
+        labels = torch.randint(10, (POOL,))
+        if self.ours:
+            self.split = TensorSplit(images, labels).to(self.device)
+        else:
+            self.pool = PngPool(self.transform)
+            self.pool.add(images / 255)
+            self.transform = lambda x, train: x
+        self.batches = self.forever()
+
+    def forever(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if not self.ours:
+            for x in self.pool.sample(self.batch_size, self.device):
+                yield x, torch.randint(10, (len(x),), device=self.device)
+        while True:
+            yield from self.split.batches(self.batch_size, shuffle=True, device=self.device, drop_last=True)
+
+    def training_step(self) -> None:
+        """A batch of images, and an update."""
+        teacher_train.train_epoch(self, self.optimizer, [next(self.batches)])
+
+    steps = {"training step": training_step}
 
 
 class PngPool:
@@ -222,9 +273,11 @@ class FastWay(Way):
     steps = {"Fast-2 round": synthesis_round, "student step": student_step}
 
 
-PAIRS = {"fast_wrn": ("wrn40_2", "wrn16_1"), "fast_resnet": ("resnet34", "resnet18")}
-SETTINGS = {"mnist": DaflWay, "cifar10": DaflWay, "dfad_mnist": DfadWay, "dfad_cifar": DfadWay}
-SETTINGS |= dict.fromkeys(PAIRS, FastWay)
+PAIRS = {"fast_wrn": ("wrn40_2", "wrn16_1"), "fast_wrn16": ("wrn16_2", "wrn16_1"),
+         "fast_resnet": ("resnet34", "resnet18")}  # fmt: skip
+SETTINGS = {"mnist": DaflWay, "cifar10": DaflWay, "dfad_mnist": DfadWay, "dfad_cifar": DfadWay, "camvid": CamvidWay}
+SETTINGS |= dict.fromkeys(PAIRS, FastWay) | {"teacher": TeacherWay}
+BATCHES = {"camvid": 64}
 
 
 def seconds_of(function: Callable[[], object], device: torch.device, times: int = 1) -> float:

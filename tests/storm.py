@@ -124,9 +124,9 @@ def kind_of(action: argparse.Action) -> str:
     """What a flag takes: "choice", "number", "path" or "text"."""
     if action.choices:
         return "choice"
-    if action.type:
-        return "number"
-    return "path" if action.metavar in PATHS else "text"
+    if action.metavar in PATHS:
+        return "path"
+    return "number" if action.type else "text"
 
 
 def words_for(action: argparse.Action) -> list[list[str]]:
@@ -537,7 +537,8 @@ def storm(minutes: float, seed: int, folder: Path) -> dict:
         else:
             name = rng.choice(list(scripts()))
             flags = range(len(hostile_flags(name)))
-            argv = [word for i in rng.sample(flags, rng.choice((1, 1, 1, 2, 3))) for word in rng.choice(words(name, i))]
+            tried = rng.sample(flags, min(len(flags), rng.choice((1, 1, 1, 2, 3))))
+            argv = [word for i in tried for word in rng.choice(words(name, i))]
             about = dict(script=name, argv=[ascii(word)[1:-1][:300] for word in argv])
             end, wrong = place.attempt(name, argv)
             counts["inputs"] += 1

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# On a machine with a GPU, in at most --minutes (9): the tests that need one, all benchmarks with their memory, then
+# rows of the tables, the most valuable first, with the teachers that ship. What comes out goes to --out (gpu_check/).
+# --rehearse: the same on the CPU, as small as it can be. Run it again to go on with the rows.
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+minutes=9 out=gpu_check bench=() tests=(-k cuda) rows=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --minutes) minutes=$2 && shift ;;
+    --out) out=$2 && shift ;;
+    --rehearse)
+      bench=(--device cpu --precision fp32 --batch_size 4 --repeats 2 --steps 1)
+      rows=(--device cpu --dataset none --n_epochs 1 --ep_steps 1 --kd_steps 1 --batch_size 4 --synthesis_batch_size 4)
+      ;;
+    *) echo "usage: bash scripts/gpu_check.sh [--minutes N] [--out DIR] [--rehearse]" >&2 && exit 2 ;;
+  esac
+  shift
+done
+setup requirements-dev.txt
+mkdir -p "$out"
+left() { echo $((minutes - SECONDS / 60)); }
+"$PY" -m pytest -q "${tests[@]}" 2>&1 | tee "$out/tests.txt" || echo "tests failed: $out/tests.txt"
+for setting in mnist cifar10 dfad_mnist dfad_cifar camvid fast_wrn fast_wrn16 fast_resnet teacher; do
+  [ "$(left)" -gt 1 ] || break
+  timeout 90 "$PY" bench.py --setting $setting --json "$out/bench-$setting.json" "${bench[@]}" || echo "no $setting"
+done
+# WRN-40-2 -> WRN-16-1 on CIFAR-10: Fast-10, -5, -2, DFQ, ZSKT; then ResNet-34 -> ResNet-18.
+cells=(fast-53 fast-48 fast-43 fast-38 fast-33 fast-51)
+[ ${#rows[@]} -eq 0 ] || cells=(fast-53)
+for cell in "${cells[@]}"; do
+  [ "$(left)" -gt 1 ] || break
+  "$PY" reproduce.py $cell --time_limit "$(left)" --out "$out/runs" "${rows[@]}" || echo "$cell: exit code $?"
+done

@@ -350,7 +350,7 @@ def curves(files: Sequence[Path], out: str) -> None:
     for path in files:
         if not path.is_file():
             raise UsageError(f"{path} does not exist: name the metrics.csv of a run")
-    columns = files[0].read_text().partition("\n")[0].split(",")
+    columns = files[0].read_text(errors="replace").partition("\n")[0].split(",")
     column = next((name for name in ("mIoU", "agreement") if name in columns), "accuracy")
     labels = [f.parent.name if f.name == "metrics.csv" else f.name.removesuffix(".metrics.csv") for f in files]
     plot_accuracy(out, dict(zip(labels, files, strict=True)), column, over="epoch")

@@ -305,6 +305,7 @@ def _watch(script: str, argv: list[str], job: str, seconds: float, kill_at: int)
     if late:
         os.kill(child, signal.SIGKILL)
         done = os.waitpid(child, 0)
+        late = os.WIFSIGNALED(done[1])  # it may have ended by itself just before
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # its workers
     usage, count = resource.getrusage(resource.RUSAGE_CHILDREN), job / "events"

@@ -43,8 +43,11 @@ Differences from the published code:
 import datafree.interrupt  # noqa: F401
 
 import math
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import papers
 from data import preset_of
@@ -75,7 +78,7 @@ MMRAZOR = dict(batch_size=2048, n_epochs=250, optimizer_G="adamw", lr_G=1e-3, op
 # fmt: on
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence | None = None) -> Namespace:
     p = Parser(
         __file__,
         __doc__.format(presets=describe_presets(PRESETS), mmrazor=describe_presets({"mmrazor": MMRAZOR})),
@@ -118,7 +121,10 @@ def parse_args(argv=None):
     return args
 
 
-def distill_step(z, generator, teacher, student, optimizer_G, optimizer_S, args, autocast):
+def distill_step(
+    z: Tensor, generator: nn.Module, teacher: nn.Module, student: nn.Module, optimizer_G: Optimizer,
+    optimizer_S: Optimizer, args: Namespace, autocast: Callable,
+) -> dict[str, Tensor]:  # fmt: skip
     """One iteration of DAFL; returns the losses {name: 0-d tensor} before the update.
 
     Args:
@@ -145,7 +151,7 @@ def distill_step(z, generator, teacher, student, optimizer_G, optimizer_S, args,
     return {k: v.detach() for k, v in losses.items()}
 
 
-def rates_at(step: int, args) -> tuple[float, float]:
+def rates_at(step: int, args: Namespace) -> tuple[float, float]:
     """The learning rates of generator and student in an iteration, from 0.
 
     Both rise linearly over --warmup iterations, from a ten-thousandth; then the student's falls at --milestones.
@@ -162,7 +168,9 @@ def move_statistics_twice(student: nn.Module) -> None:
             m.momentum = 1 - (1 - m.momentum) ** 2
 
 
-def train_epoch(epoch, s: Session, generator, optimizer_G, optimizer_S) -> dict[str, Tensor]:
+def train_epoch(
+    epoch: int, s: Session, generator: nn.Module, optimizer_G: Optimizer, optimizer_S: Optimizer
+) -> dict[str, Tensor]:
     """args.iterations steps; returns the mean of each loss."""
     args = s.args
     generator.train()
@@ -178,7 +186,7 @@ def train_epoch(epoch, s: Session, generator, optimizer_G, optimizer_S) -> dict[
     return {k: v / args.iterations for k, v in total.items()}
 
 
-def main(args):
+def main(args: Namespace) -> dict:
     """Distil or evaluate; returns the content of result.json."""
     s = Session(args, papers.published(args))
     if s.result:

@@ -12,6 +12,9 @@ test set holds them too, its training images are cut at random places.
 
 import datafree.interrupt  # noqa: F401
 
+from argparse import Namespace
+from collections.abc import Sequence
+
 import DFAD_cifar
 from datafree.cli import cli
 
@@ -21,11 +24,11 @@ PRESETS = {"caltech101": dict(batch_size=64, n_epochs=300, epoch_itrs=50, k=5, l
 # fmt: on
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence | None = None) -> Namespace:
     return DFAD_cifar.parse_args(argv, __file__, __doc__, PRESETS)
 
 
-def main(args):
+def main(args: Namespace) -> dict:
     """Distil or evaluate; returns the content of result.json."""
     return DFAD_cifar.main(args, "generator_b")
 

@@ -15,7 +15,8 @@ settings, the defaults:
 
 import datafree.interrupt  # noqa: F401
 
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 
 import DFAD_cifar
 import papers
@@ -31,7 +32,9 @@ PRESET = dict(dataset="camvid", teacher="deeplabv3_resnet50", student="deeplabv3
 # fmt: on
 
 
-def parse_args(argv=None, script: str = __file__, docstring: str = __doc__, preset: Mapping = PRESET):
+def parse_args(
+    argv: Sequence | None = None, script: str = __file__, docstring: str = __doc__, preset: Mapping = PRESET
+) -> Namespace:
     """The command line; DFAD_nyu_deeplab.py gives its own file, docstring and preset."""
     p = Parser(script, docstring.format(presets=describe_presets({preset["dataset"]: preset})), paper="dfad")
     p.set_defaults(dataset=preset["dataset"])
@@ -45,7 +48,7 @@ def parse_args(argv=None, script: str = __file__, docstring: str = __doc__, pres
     return p.complete(p.parse_args(argv), preset)
 
 
-def main(args):
+def main(args: Namespace) -> dict:
     """Distil or evaluate; returns the content of result.json."""
     s = Session(args, papers.published(args), segmentation=True)
     if s.result:

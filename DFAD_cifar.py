@@ -28,7 +28,7 @@ here, but with --keep_student_gradient, except over the end of an epoch.
 import datafree.interrupt  # noqa: F401
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,12 @@ MMRAZOR = dict(batch_size=256, n_epochs=500, optimizer_G="adamw", lr_G=1e-3, mil
 PRESETS = {"cifar10": CIFAR, "folder": CIFAR}
 
 
-def parse_args(argv=None, script: str = __file__, docstring: str = __doc__, presets: Mapping[str, dict] = PRESETS):
+def parse_args(
+    argv: Sequence | None = None,
+    script: str = __file__,
+    docstring: str = __doc__,
+    presets: Mapping[str, dict] = PRESETS,
+) -> Namespace:
     """The command line; the doors to this script give their own file, docstring and presets, the default first."""
     p = Parser(script, docstring.format(presets=describe_presets(presets)), paper="dfad")
     p.add_dataset(default=next(iter(presets)))
@@ -193,7 +198,7 @@ def train(s: Session, generator: nn.Module, shown: int = 64, log_space: bool = F
     return args.n_epochs * steps * args.batch_size
 
 
-def main(args, generator: str = "generator_a"):
+def main(args: Namespace, generator: str = "generator_a") -> dict:
     """Distil or evaluate; returns the content of result.json. `generator`: registry name."""
     s = Session(args, papers.published(args))
     if s.result:

@@ -14,6 +14,9 @@ scatter by several points.
 
 import datafree.interrupt  # noqa: F401
 
+from argparse import Namespace
+from collections.abc import Sequence
+
 import DFAD_cifar
 from datafree.cli import cli
 
@@ -25,7 +28,7 @@ PRESETS = {"mnist": MNIST, "digits": MNIST | dict(batch_size=128, n_epochs=9, mi
 main = DFAD_cifar.main
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence | None = None) -> Namespace:
     return DFAD_cifar.parse_args(argv, __file__, __doc__, PRESETS)
 
 

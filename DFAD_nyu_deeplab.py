@@ -9,6 +9,9 @@ The algorithm is in DFAD_camvid_deeplab.py. Published settings, the defaults:
 
 import datafree.interrupt  # noqa: F401
 
+from argparse import Namespace
+from collections.abc import Sequence
+
 import DFAD_camvid_deeplab
 from datafree.cli import cli
 
@@ -16,7 +19,7 @@ PRESET = DFAD_camvid_deeplab.PRESET | dict(dataset="nyuv2", weight_decay=5e-5)
 main = DFAD_camvid_deeplab.main
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence | None = None) -> Namespace:
     return DFAD_camvid_deeplab.parse_args(argv, __file__, __doc__, PRESET)
 
 

@@ -30,7 +30,7 @@ import datafree.interrupt  # noqa: F401
 
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -58,7 +58,7 @@ PRESETS = {
 # fmt: on
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence | None = None) -> Namespace:
     p = Parser(__file__, __doc__.format(presets=describe_presets(PRESETS)), paper="fast")
     p.add_dataset()
     p.add_networks()
@@ -193,7 +193,7 @@ def check_stages(s: Session) -> None:
         )
 
 
-def main(args):
+def main(args: Namespace) -> dict:
     """Distil or evaluate; returns the content of result.json."""
     s = Session(args, papers.published(args))
     if s.result:

@@ -50,7 +50,7 @@ Differences from the published code (--as_published brings 1 to 4 back):
 import datafree.interrupt  # noqa: F401
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -107,7 +107,7 @@ def preset_for(args: argparse.Namespace) -> dict:
     return recipe
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence | None = None) -> argparse.Namespace:
     recipes = describe_presets({name: method.recipe for name, method in METHODS.items()})
     small = describe_presets({k: v for k, v in SMALL.items() if v})
     p = Parser(__file__, __doc__.format(recipes=recipes, small=small))
@@ -196,7 +196,7 @@ def distill(batches: Iterable[Tensor], s: Session, optimizer: Optimizer) -> Tens
     return total / args.kd_steps
 
 
-def main(args):
+def main(args: argparse.Namespace) -> dict:
     """Distil or evaluate; returns the content of result.json."""
     s = Session(args, papers.published(args))
     if s.result:

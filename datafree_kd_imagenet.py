@@ -46,6 +46,11 @@ Differences from the published code:
 
 import datafree.interrupt  # noqa: F401
 
+from argparse import Namespace
+from collections.abc import Sequence
+
+from torch.optim import Optimizer
+
 import papers
 from datafree.cli import PICTURES, Parser, cli, describe_presets, number
 from datafree.errors import UsageError
@@ -66,7 +71,7 @@ POOL_SIZE = ("--pool_size", "images of the pool that stay on the device, 0.15 MB
 # fmt: on
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence | None = None) -> Namespace:
     p = Parser(__file__, __doc__.format(presets=describe_presets(PRESETS)))
     p.add_dataset(default="imagenet")
     p.add_networks()
@@ -83,7 +88,7 @@ def parse_args(argv=None):
     return args
 
 
-def train_epoch(epoch, s: Session, synthesizer: FastLatents, optimizer, timer: Stopwatch) -> dict:
+def train_epoch(epoch: int, s: Session, synthesizer: FastLatents, optimizer: Optimizer, timer: Stopwatch) -> dict:
     """args.ep_steps // args.kd_steps rounds; returns the mean of each loss."""
     args = s.args
     rounds = args.ep_steps // args.kd_steps
@@ -96,7 +101,7 @@ def train_epoch(epoch, s: Session, synthesizer: FastLatents, optimizer, timer: S
     return total
 
 
-def main(args):
+def main(args: Namespace) -> dict:
     """Distil or evaluate; returns the content of result.json."""
     s = Session(args, papers.published(args), area=AREA)
     if s.result:

@@ -26,7 +26,7 @@ and --weight_decay 5e-4 closes most of the gap.
 import datafree.interrupt  # noqa: F401
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ from datafree.session import Session
 from datafree.teachers import PRETRAINED, RECIPES, fetch, recipe_for, save_teacher, teacher_file
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence | None = None) -> argparse.Namespace:
     p = Parser(__file__, __doc__.format(recipes=describe_presets(RECIPES)))
     p.add_dataset(none=False)
     p.add_networks(roles=("model",))
@@ -92,7 +92,7 @@ def train_epoch(s: Session, optimizer: Optimizer, batches: Iterable) -> dict[str
     return {"loss": total / len(batches)}
 
 
-def main(args):
+def main(args: argparse.Namespace) -> dict:
     """Train or evaluate; returns the content of result.json."""
     s = Session(args, papers.published(args), train=not args.pretrained, taught=False)
     target = teacher_file(args.checkpoints, args.dataset, args.model, args.recipe)

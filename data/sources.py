@@ -94,7 +94,7 @@ def _tensors(images: np.ndarray, labels: Sequence[int]) -> TensorSplit:
 def _arrays(class_names: tuple[str, ...], read: Callable) -> Callable:
     """A kind's ``read`` from one of (folder, split) -> (images, labels)."""
 
-    def checked(place, split):
+    def checked(place: Path, split: str):
         images, labels = read(place, split)
         if len(images) != len(labels) or not 0 <= min(labels, default=-1) <= max(labels) < len(class_names):
             raise ValueError(f"the file of labels to {split} does not fit its images")
@@ -123,14 +123,14 @@ def load_digits(root: Path, splits: Sequence[str], *_) -> Raw:
 def _idx(name: str, cls: type, class_names: tuple[str, ...]) -> Files:
     """60,000 + 10,000 grey images, 28x28, as four IDX files."""
 
-    def files(split):
+    def files(split: str):
         stem = "t10k" if split == "test" else split
         return f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"
 
-    def read(place, split):
+    def read(place: Path, split: str):
         return [read_idx(_plain_or_gz(place / file)) for file in files(split)]
 
-    def fetch(folder, splits):
+    def fetch(folder: Path, splits: Sequence[str]):
         part = cls if "train" in splits else type(cls.__name__, (cls,), {"resources": cls.resources[2:]})
         part(folder, False, download=True)
 
@@ -175,7 +175,7 @@ def _plain_or_gz(path: Path) -> Path | None:
 def _cifar(cls: type, *others: tuple[Callable, Callable], also: tuple[str, ...] = ()) -> Files:
     """A. Krizhevsky 2009: 50,000 + 10,000 images, 32x32; the original batches, or other kinds of files."""
 
-    def read(place, splits, attribute):
+    def read(place: Path, splits: Sequence[str], attribute: str | None):
         # torchvision wants all batches, whichever it reads.
         part = cls if "train" in splits else type(cls.__name__, (cls,), {"train_list": []})
         for file, _ in (*part.train_list, *part.test_list):
@@ -188,7 +188,7 @@ def _cifar(cls: type, *others: tuple[Callable, Callable], also: tuple[str, ...] 
     return Files(cls.__name__.lower(), kinds, lambda folder, _: cls(folder, False, download=True), also)
 
 
-def _read_sheets(place, split):
+def _read_sheets(place: Path, split: str):
     """Lossless WebP sheets of 40 images a row, the last row filled with black ones, in a zip; labels are bytes."""
     with zipfile.ZipFile(place / "cifar10_lossless.zip") as archive:
         names = sorted(n for n in archive.namelist() if n.startswith(f"{split}/") and n[-1] != "/")
@@ -211,7 +211,7 @@ def _read_sheet(content: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def _read_cifar10_folders(place, splits, attribute):
+def _read_cifar10_folders(place: Path, splits: Sequence[str], attribute: str | None):
     if tuple(class_folders(place / splits[0])) != CIFAR10_CLASSES:
         return None
     raw = load_folder(place, splits)
@@ -239,7 +239,7 @@ load_cifar100 = _cifar(datasets.CIFAR100)
 def _torchvision_digits(cls: type, labels: str, parts: dict[str, tuple[str, object]]) -> Files:
     """Digits that torchvision reads, labels from that attribute; parts: split -> (file, what torchvision calls it)."""
 
-    def read(place, split):
+    def read(place: Path, split: str):
         if parts[split][0].endswith(".bz2"):
             with bz2.open(place / parts[split][0]) as file:
                 if len(file.read(TEXT_LIMIT + 1)) > TEXT_LIMIT:
@@ -247,7 +247,7 @@ def _torchvision_digits(cls: type, labels: str, parts: dict[str, tuple[str, obje
         found = cls(place, parts[split][1])
         return found.data, getattr(found, labels)
 
-    def fetch(folder, splits):
+    def fetch(folder: Path, splits: Sequence[str]):
         return [cls(folder, parts[split][1], download=True) for split in splits]
 
     return Files(cls.__name__.lower(), ((lambda split: parts[split][:1], _arrays(DIGITS, read)),), fetch)
@@ -260,7 +260,7 @@ load_svhn = _torchvision_digits(datasets.SVHN, "labels", SVHN_PARTS)
 load_usps = _torchvision_digits(datasets.USPS, "targets", {"train": ("usps.bz2", True), "test": ("usps.t.bz2", False)})
 
 
-def _read_celeba(place, splits, attribute):
+def _read_celeba(place: Path, splits: Sequence[str], attribute: str | None):
     """One of the 40 attributes is the label; by default the one nearest to half of the train split (or the lists' first
     one): accuracies on unbalanced attributes, or averaged over all, say little."""
     _, header, *lines = (place / "list_attr_celeba.txt").read_text().splitlines()

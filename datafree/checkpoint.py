@@ -88,7 +88,7 @@ def read(path: str | Path, device: str | torch.device = "cpu"):
         raise UsageError(f"checkpoint {path} is damaged or no checkpoint: make it again") from error
 
 
-def weights(content, path: str | Path) -> dict[str, Tensor]:
+def weights(content: object, path: str | Path) -> dict[str, Tensor]:
     """The state dict in a checkpoint's content: bare, or under a usual name; 'module.' is stripped.
 
     Raises:
@@ -113,7 +113,7 @@ def is_plain(value: Tensor) -> bool:
     return value.layout == torch.strided and not (value.is_nested or value.is_quantized or value.is_meta)
 
 
-def load_weights(model: nn.Module, content, path: str | Path, architecture: str) -> None:
+def load_weights(model: nn.Module, content: object, path: str | Path, architecture: str) -> None:
     """Load a checkpoint's content into `model`.
 
     Raises:
@@ -163,7 +163,7 @@ def metadata(model: str, data, transform, **more) -> dict:
     return about | more
 
 
-def _statistic(values, low: float) -> bool:
+def _statistic(values: object, low: float) -> bool:
     return isinstance(values, list | tuple) and all(isinstance(v, int | float) and low < v <= 1 for v in values)
 
 
@@ -179,7 +179,7 @@ POSSIBLE = {
 }
 
 
-def metadata_of(content, path: str | Path, args: argparse.Namespace | None = None) -> dict:
+def metadata_of(content: object, path: str | Path, args: argparse.Namespace | None = None) -> dict:
     """The metadata in a checkpoint's content, without what the user gives anew in args.mean and args.std.
 
     Raises:

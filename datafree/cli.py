@@ -12,7 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from data import DATASETS, SOURCES, TEST_SETS, DataError
 from datafree.errors import TimeLimit, UsageError
@@ -33,7 +33,7 @@ FREE = {
 def number(kind: type, low: float, high: float = 10**9) -> Callable:
     """An argparse type: an int or float from `low` to `high`."""
 
-    def parse(text):
+    def parse(text: str):
         value = kind(text)
         if not low <= value <= high:  # NaN as well
             raise argparse.ArgumentTypeError(f"{text:.40} is impossible: it must be at least {low} and at most {high}")
@@ -136,7 +136,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=docstring, formatter_class=formatter, allow_abbrev=False)
         self.script, self.paper = Path(script).stem, paper
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {one_line(message)} (see --help)\n")
 
     def add(self, *rows: tuple[str, str, dict], group: argparse._ActionsContainer | None = None) -> None:
@@ -179,7 +179,7 @@ class Parser(argparse.ArgumentParser):
         """The flags that every training script has."""
         self.add(*RUN, group=self.add_argument_group("run"))
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args: argparse.Namespace = None, namespace=None) -> argparse.Namespace:
         argv = sys.argv[1:] if args is None else [str(a) for a in args]
         found = super().parse_args(argv, namespace)
         found.script, found.command = f"{self.script}.py", shlex.join(["python", f"{self.script}.py", *argv])
@@ -213,7 +213,7 @@ class Parser(argparse.ArgumentParser):
         args.run_name = self._name(args, preset, [getattr(args, key) for key in networks], words, {*named, *networks})
         return args
 
-    def _name(self, args, preset, networks, words, named) -> str:
+    def _name(self, args: argparse.Namespace, preset, networks, words, named) -> str:
         """<script>-<data>-<networks>-<words>-<flags that are not the preset's>[-<tag>]."""
         data = args.dataset if args.dataset != "folder" else f"folder_{path_word(args.data_root)}"
         parts, changed = [self.script, data, *networks, *words], []
@@ -235,7 +235,7 @@ class Parser(argparse.ArgumentParser):
         # A file name has up to 255 bytes, and endings follow.
         return name if len(name) < 200 else f"{name[:180]}-x{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
-    def _word(self, args, key, value) -> str:
+    def _word(self, args: argparse.Namespace, key, value) -> str:
         if key == "teacher_ckpt":  # its content, wherever it lies
             path = weights_of(value)
             content = path.read_bytes() if path.is_file() else os.fsencode(value)
@@ -333,6 +333,6 @@ def cli(main: Callable, parse_args: Callable) -> None:
         _stop("interrupted; the same command with --resume goes on from the last whole epoch", 130)
 
 
-def _stop(message, code: int) -> None:
+def _stop(message: str, code: int) -> None:
     print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
     sys.exit(code)

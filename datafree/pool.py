@@ -148,7 +148,7 @@ class ImagePool:
 
 
 def _write_whole(path: Path, write: Callable) -> None:
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             write(file)

@@ -3,7 +3,7 @@
 # rows of the tables, the most valuable first, with the teachers that ship. What comes out goes to --out (gpu_check/).
 # --rehearse: the same on the CPU, as small as it can be. Run it again to go on with the rows.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-minutes=9 out=gpu_check bench=() tests=(-k cuda) rows=()
+minutes=9 out=gpu_check bench=() tests=(tests/test_data.py -k test_batches_on_a_gpu) rows=()
 while [ $# -gt 0 ]; do
   case $1 in
     --minutes) minutes=$2 && shift ;;

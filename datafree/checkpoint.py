@@ -188,11 +188,11 @@ def metadata_of(content: object, path: str | Path, args: argparse.Namespace | No
     found = content.get("metadata", content.get("card")) if isinstance(content, dict) else None  # card: its older name
     if found is None:
         return {}
-    wrong = [] if isinstance(found, dict) else ["all of it"]
-    found = (
-        {k: v for k, v in found.items() if not (k in ("mean", "std") and getattr(args, k, None))} if not wrong else {}
-    )
-    wrong += [str(k) for k, v in found.items() if k in POSSIBLE and not POSSIBLE[k](v)]
+    if not isinstance(found, dict):
+        found, wrong = {}, ["all of it"]
+    else:
+        found = {k: v for k, v in found.items() if not (k in ("mean", "std") and getattr(args, k, None))}
+        wrong = [str(k) for k, v in found.items() if k in POSSIBLE and not POSSIBLE[k](v)]
     if wrong:
         cure = "save its weights anew, and give --mean and --std"
         raise UsageError(f"checkpoint {path}: what it says of itself is damaged ({', '.join(wrong)}): {cure}")

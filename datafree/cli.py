@@ -179,7 +179,9 @@ class Parser(argparse.ArgumentParser):
         """The flags that every training script has."""
         self.add(*RUN, group=self.add_argument_group("run"))
 
-    def parse_args(self, args: argparse.Namespace = None, namespace=None) -> argparse.Namespace:
+    def parse_args(
+        self, args: Sequence | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         argv = sys.argv[1:] if args is None else [str(a) for a in args]
         found = super().parse_args(argv, namespace)
         found.script, found.command = f"{self.script}.py", shlex.join(["python", f"{self.script}.py", *argv])

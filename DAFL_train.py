@@ -52,6 +52,7 @@ from torch.optim import Optimizer
 import papers
 from data import preset_of
 from datafree.cli import PICTURES, Parser, cli, describe_presets
+from datafree.distributed import share
 from datafree.losses import activation_loss, information_entropy_loss, kd_loss, one_hot_loss
 from datafree.runtime import lr_at, make_optimizer, set_lr
 from datafree.session import Session
@@ -179,7 +180,7 @@ def train_epoch(
     for i in range(args.iterations):
         for optimizer, lr in zip((optimizer_G, optimizer_S), rates_at(epoch * args.iterations + i, args), strict=True):
             set_lr(optimizer, lr)
-        z = generator.latents(args.batch_size, device=s.runtime.device)
+        z = share(generator.latents(args.batch_size, device=s.runtime.device))
         losses = distill_step(z, generator, s.teacher, s.student, optimizer_G, optimizer_S, args, s.runtime.autocast)
         total = {k: total.get(k, 0) + v for k, v in losses.items()}
         s.run.tick(losses["loss_kd"])

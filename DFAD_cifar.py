@@ -37,6 +37,7 @@ from torch.optim import Optimizer
 import papers
 from data import preset_of
 from datafree.cli import PICTURES, Parser, cli, count, describe_presets
+from datafree.distributed import share
 from datafree.losses import l1_loss
 from datafree.runtime import lr_at, make_optimizer, set_lr
 from datafree.session import Session
@@ -169,11 +170,11 @@ def train_epoch(
     total_S = total_G = 0.0
     for _ in range(args.epoch_itrs):
         for _ in range(args.k):
-            z = generator.latents(args.batch_size, device=s.runtime.device)
+            z = share(generator.latents(args.batch_size, device=s.runtime.device))
             loss_S = student_step(z, *networks, optimizer_S, autocast)
             total_S += loss_S / args.k
             s.run.tick(loss_S)
-        z = generator.latents(args.batch_size, device=s.runtime.device)
+        z = share(generator.latents(args.batch_size, device=s.runtime.device))
         total_G += generator_step(z, *networks, optimizer_G, autocast, log_space, args.keep_student_gradient)
         s.run.tick(loss_S)
     optimizer_S.zero_grad()  # a checkpoint holds no gradients, and a resumed run is to be the same

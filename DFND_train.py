@@ -56,6 +56,7 @@ from data import DATASETS, FileSplit, TensorSplit, get_wild, imagenet_statistics
 from datafree import checkpoint
 from datafree.augment import Transform
 from datafree.cli import Parser, cli, describe_presets, number, path_word, positive
+from datafree.distributed import apart, from_first, gather, total, turns
 from datafree.errors import UsageError
 from datafree.losses import at_least_float32, kd_loss
 from datafree.resume import ANYTHING, difference
@@ -189,20 +190,27 @@ def scan(teacher: nn.Module, split: TensorSplit | FileSplit, transform: Transfor
         {"values" float32 (N,), NaN for unreadable files, "labels" int16 (N,): the teacher's,
         "broken": the number of unreadable files, "example": one of them and why, or None}.
     """
-    n = len(split)
-    values, labels = torch.empty(n), torch.empty(n, dtype=torch.int16)
-    broken, done = [], 0
-    with tqdm(desc="scanning the wild set", total=n, unit=" images", unit_scale=True, disable=None) as bar:
-        for images, unreadable in split.scan(512, runtime.device):
-            with runtime.autocast():
+    # Ranks take the same batches in turn, so that the values are the same for any number of them.
+    values, labels, broken = torch.zeros(len(split)), torch.zeros(len(split), dtype=torch.int64), []
+    batches = list(turns(torch.arange(len(split)).split(512)))
+    own = torch.cat(batches) if batches else torch.arange(0)
+    with tqdm(desc="scanning the wild set", total=len(own), unit=" images", unit_scale=True, disable=None) as bar:
+        scanned = (split if len(own) == len(split) else split.take(own)).scan(512, runtime.device) if batches else ()
+        for rows, (images, unreadable) in zip(batches, scanned, strict=True):
+            with apart(), runtime.autocast():
                 t_logits = teacher(transform(images))
-            rows = slice(done, done + len(images))
-            values[rows], labels[rows] = value_of(t_logits).cpu(), t_logits.argmax(1).cpu().short()
-            broken += unreadable
-            done += len(images)
+            values[rows], labels[rows] = value_of(t_logits).cpu(), t_logits.argmax(1).cpu()
+            broken += [(own[row].item(), reason) for row, reason in unreadable]
             bar.update(len(images))
     values[torch.tensor([row for row, _ in broken], dtype=torch.int64)] = math.nan
-    return {"values": values, "labels": labels, "broken": len(broken), "example": broken[0][1] if broken else None}
+    broken = sorted(gather(broken))
+    total(values), total(labels)
+    return {
+        "values": values,
+        "labels": labels.short(),
+        "broken": len(broken),
+        "example": broken[0][1] if broken else None,
+    }
 
 
 def cached_scan(s: Session, split: TensorSplit | FileSplit, fingerprint: str, transform: Transform) -> dict:
@@ -215,9 +223,9 @@ def cached_scan(s: Session, split: TensorSplit | FileSplit, fingerprint: str, tr
         key.update(name.encode())
         key.update(tensor.detach().cpu().contiguous().numpy())
     path = Path(s.args.out) / "wild_scans" / f"{key.hexdigest()[:16]}.pt"
-    if path.exists():
+    if from_first(path.exists):
         s.run.log(f"wild set: {len(split):,} images, scanned before ({path})")
-        found, n = checkpoint.read(path), len(split)
+        found, n = from_first(lambda: checkpoint.read(path)), len(split)
         wanted = dict(values=torch.empty(n), labels=torch.empty(n, dtype=torch.int16), broken=0, example=ANYTHING)
         if difference(found, wanted) or not ((found["labels"] >= 0) & (found["labels"] < s.data.num_classes)).all():
             raise UsageError(f"{path} is no scan of this set: delete it, and the set is scanned anew")
@@ -315,9 +323,8 @@ def main(args: Namespace) -> dict:
     rows = select(found, args)
     args.n_epochs = args.n_epochs or max_epoch(len(rows)) - 1  # of --selection all
     report(s.run, split, found, rows, data.class_names)
-    memory, one_left = args.memory * 2**30, len(rows) % args.batch_size == 1  # would stop BatchNorm on a 1x1 map
-    images = split.take(rows).in_memory(memory).to(device)
-    batches = images.batches(args.batch_size, shuffle=True, device=device, drop_last=one_left)
+    memory = args.memory * 2**30
+    batches = s.batches(split.take(rows).in_memory(memory).to(device))
     if data.test is None:
         unseen = split.take(not_selected(found, rows)).in_memory(memory).to(device)
         s.unseen = lambda: (transform(x) for x, _ in unseen.batches(250, device=device))
@@ -328,7 +335,7 @@ def main(args: Namespace) -> dict:
     s.run.log(f"the teacher's accuracy in Q: {accuracy:.4f}")
     noise = NoiseAdaptation(data.num_classes, accuracy).to(device)
     optimizer_S = make_optimizer(args.optimizer, s.student.parameters(), args.lr, args.weight_decay)
-    optimizer_Q = make_optimizer("adam", noise.parameters(), args.lr_Q)
+    optimizer_Q = make_optimizer("adam", noise.parameters(), args.lr_Q, of_share=False)  # it sees the whole batch
     states = dict(student=s.student, noise=noise, optimizer_S=optimizer_S, optimizer_Q=optimizer_Q)
     for epoch in s.epochs(len(batches), args.batch_size, **states):
         # As published, epochs count from 1, to one less than `max_epoch`.

@@ -40,6 +40,7 @@ from torch.optim import Optimizer
 import papers
 from data import preset_of
 from datafree.cli import PICTURES, Parser, cli, describe_presets
+from datafree.distributed import mean, share
 from datafree.errors import UsageError
 from datafree.losses import attention_loss, kd_loss
 from datafree.runtime import lr_at, make_optimizer, set_lr
@@ -146,7 +147,7 @@ def student_step(
             s_logits = student(x)
     losses = {"loss_kl": args.kl * kd_loss(s_logits, t_logits) / t_logits.shape[1]}
     for i, maps in enumerate(zip(s_maps, t_maps, strict=True), 1):
-        losses[f"loss_at{i}"] = args.at * attention_loss(*maps)
+        losses[f"loss_at{i}"] = args.at * mean(attention_loss(*maps))
     losses["loss_S"] = sum(losses.values())  # (2)
     losses["loss_S"].backward()
     optimizer_S.step()
@@ -165,11 +166,11 @@ def train_epoch(
     set_lr(optimizer_G, args.lr_G * fall)
     set_lr(optimizer_S, args.lr_S * fall)
     for _ in range(args.epoch_itrs):
-        z = generator.latents(args.batch_size, device=device)
+        z = share(generator.latents(args.batch_size, device=device))
         loss_G = generator_step(z, *networks, optimizer_G, args, autocast)
         total["loss_G"] = total.get("loss_G", 0) + loss_G / args.epoch_itrs
         for _ in range(args.k):
-            z = generator.latents(args.batch_size, device=device)
+            z = share(generator.latents(args.batch_size, device=device))
             losses = student_step(z, *networks, optimizer_S, args, autocast)
             total |= {k: total.get(k, 0) + v / (args.epoch_itrs * args.k) for k, v in losses.items()}
             s.run.tick(losses["loss_S"])

@@ -61,7 +61,7 @@ from torch.optim import Optimizer
 
 import papers
 from data import SOURCES, get_images, preset_of
-from datafree import checkpoint
+from datafree import checkpoint, distributed
 from datafree.cli import PICTURES, Parser, cli, describe_presets, number
 from datafree.errors import UsageError
 from datafree.hooks import BatchNormHooks
@@ -201,6 +201,7 @@ def main(args: argparse.Namespace) -> dict:
     s = Session(args, papers.published(args))
     if s.result:
         if args.export_images and not args.evaluate_only:
+            distributed.alone("--export_images of a finished run")
             folder = run_folder(args)
             known = checkpoint.metadata_of(checkpoint.read(folder / "best.pt"), folder / "best.pt")
             pool = ImagePool((known["channels"], *[known["img_size"]] * 2), "cpu", folder / "pool.u8")

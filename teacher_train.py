@@ -37,6 +37,7 @@ import papers
 from data import SOURCES
 from datafree import checkpoint
 from datafree.cli import Parser, cli, describe_presets
+from datafree.distributed import whole
 from datafree.run import run_folder
 from datafree.runtime import cosine_at, lr_at, make_optimizer, set_lr
 from datafree.session import Session
@@ -88,7 +89,7 @@ def train_epoch(s: Session, optimizer: Optimizer, batches: Iterable) -> dict[str
     for x, y in batches:
         with s.runtime.autocast():
             logits = s.student(s.transform(x, train=True))
-        total += s.step(F.cross_entropy(logits.float(), y), optimizer)
+        total += s.step(F.cross_entropy(logits.float(), whole(y)), optimizer)
     return {"loss": total / len(batches)}
 
 
@@ -105,8 +106,7 @@ def main(args: argparse.Namespace) -> dict:
         checkpoint.load_weights(s.student, fetch(args.model), f"torchvision's {PRETRAINED[args.model]}", args.model)
         batches, images = (), "pretrained"
     else:
-        one_left = len(s.data.train) % args.batch_size == 1  # would stop BatchNorm on a 1x1 map
-        batches = s.data.train.batches(args.batch_size, shuffle=True, device=s.runtime.device, drop_last=one_left)
+        batches = s.batches(s.data.train)
         images = f"recipe {args.recipe}, {len(s.data.train)} training images"
     checkpoint.check_writable(target.parent, "--checkpoints")
     optimizer = make_optimizer(args.optimizer, s.student.parameters(), args.lr, args.weight_decay)

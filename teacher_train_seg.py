@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 import papers
 from data import SEGMENTATIONS
-from datafree import checkpoint
+from datafree import checkpoint, distributed
 from datafree.cli import Parser, cli, describe_presets, number
 from datafree.errors import UsageError
 from datafree.plots import side_by_side
@@ -112,6 +112,7 @@ def load_backbone(model: nn.Module, args: Namespace) -> str:
 
 def main(args: Namespace) -> dict:
     """Train or evaluate; returns the content of result.json."""
+    distributed.alone("teacher_train_seg.py")
     s = Session(args, papers.published(args), train=True, taught=False, segmentation=True)
     if s.result:
         return s.result

@@ -37,6 +37,7 @@ import papers
 from data import DATASETS, get_wild, preset_of
 from datafree.augment import Transform
 from datafree.cli import Parser, cli, describe_presets, path_word
+from datafree.distributed import share, whole
 from datafree.losses import kd_loss
 from datafree.runtime import lr_at, make_optimizer, set_lr
 from datafree.session import Session
@@ -98,7 +99,7 @@ class Noise:
 
     def __iter__(self) -> Iterator[tuple[Tensor, None]]:
         for _ in range(len(self)):
-            x = torch.randn(self.batch_size, *self.shape, device=self.device)
+            x = share(torch.randn(self.batch_size, *self.shape, device=self.device))
             yield x.contiguous(memory_format=torch.channels_last), None
 
 
@@ -115,7 +116,7 @@ def train_epoch(s: Session, optimizer: Optimizer, batches: Iterable, transform: 
                 t_logits = s.folded_teacher(x) if args.alpha else None
         loss = args.alpha * kd_loss(s_logits, t_logits, args.T) if args.alpha else 0.0
         if args.beta:
-            loss = loss + args.beta * F.cross_entropy(s_logits.float(), y)
+            loss = loss + args.beta * F.cross_entropy(s_logits.float(), whole(y))
         total += s.step(loss, optimizer)
     return {"loss": total / len(batches)}
 
@@ -137,8 +138,7 @@ def main(args: Namespace) -> dict:
             images, fingerprint = get_wild(*where, data.img_size, data.channels)
             facts = {"transfer_images": len(images), "transfer_fingerprint": fingerprint}
         images = images.in_memory(IN_MEMORY).to(device)
-        one_left = len(images) % args.batch_size == 1  # would stop BatchNorm on a 1x1 map
-        batches = images.batches(args.batch_size, shuffle=True, device=device, drop_last=one_left)
+        batches = s.batches(images)
     optimizer = make_optimizer(args.optimizer, s.student.parameters(), args.lr, args.weight_decay)
     for epoch in s.epochs(len(batches), args.batch_size, student=s.student, optimizer=optimizer):
         set_lr(optimizer, lr_at(epoch, args.lr, args.n_epochs, args.milestones))

@@ -36,6 +36,7 @@ from torch.optim import Optimizer
 
 import papers
 from data import SEGMENTATIONS, TensorSplit, get_wild
+from datafree import distributed
 from datafree.augment import random_flip
 from datafree.cli import Parser, cli, describe_presets, path_word
 from datafree.errors import UsageError
@@ -101,6 +102,7 @@ def train_epoch(s: Session, optimizer: Optimizer, batches: Iterable[Tensor]) -> 
 def main(args: Namespace) -> dict:
     """Distil or evaluate; returns the content of result.json."""
     own = args.transfer_set in ("original", "noise")
+    distributed.alone("vanilla_kd_seg.py")
     s = Session(args, papers.published(args), train=own, segmentation=True)
     if s.result:
         return s.result

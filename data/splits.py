@@ -6,7 +6,7 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -91,10 +91,14 @@ class Batches:
     """Passes over a split, as images uint8 (N, C, H, W) and labels int64 (N,); ``len()`` counts the batches.
 
     A shuffled pass draws one ``torch.randperm`` from the global CPU generator: restoring its state repeats the pass.
+    ``share`` chooses of each batch's rows, int64 (n,), those that are wanted here; a batch without any is left out.
     """
 
-    def __init__(self, split: "Split", batch_size: int, shuffle: bool, drop_last: bool, device: str | torch.device):
-        self.split, self.batch_size, self.shuffle = split, batch_size, shuffle
+    def __init__(
+        self, split: "Split", batch_size: int, shuffle: bool, drop_last: bool, device: str | torch.device,
+        share: Callable[[Tensor], Tensor],
+    ):  # fmt: skip
+        self.split, self.batch_size, self.shuffle, self.share = split, batch_size, shuffle, share
         self.device = torch.device(device)
         self.kept = len(split) // batch_size * batch_size if drop_last else len(split)
         if not self.kept:
@@ -103,12 +107,15 @@ class Batches:
             )
 
     def __len__(self) -> int:
-        return -(-self.kept // self.batch_size)
+        whole, rest = divmod(self.kept, self.batch_size)
+        return whole + (len(self.share(torch.arange(rest))) > 0)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         n = len(self.split)
         order = torch.randperm(n, device="cpu") if self.shuffle else torch.arange(n, device="cpu")
-        return self.split.read(order[: self.kept], self.batch_size, self.device)
+        rows = [self.share(rows) for rows in order[: self.kept].split(self.batch_size)]
+        rows = [chunk for chunk in rows if len(chunk)]
+        return self.split.read(rows, self.device) if rows else iter(())
 
 
 class Split:
@@ -118,10 +125,11 @@ class Split:
         return len(self.labels)
 
     def batches(
-        self, batch_size: int, shuffle: bool = False, drop_last: bool = False, device: str | torch.device | None = None
-    ) -> Batches:
+        self, batch_size: int, shuffle: bool = False, drop_last: bool = False, device: str | torch.device | None = None,
+        share: Callable[[Tensor], Tensor] = lambda rows: rows,
+    ) -> Batches:  # fmt: skip
         """Batches on ``device`` (default: the split's). Raises DataError if there are none, or a file is damaged."""
-        return Batches(self, batch_size, shuffle, drop_last, self.device if device is None else device)
+        return Batches(self, batch_size, shuffle, drop_last, self.device if device is None else device, share)
 
 
 @dataclass
@@ -152,9 +160,9 @@ class TensorSplit(Split):
         for images, _ in self.batches(batch_size, device=device):
             yield images, []
 
-    def read(self, order: Tensor, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(self, chunks: list[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         # The order travels once, so that cutting a batch on a GPU never waits for the host.
-        for rows in order.to(self.device).split(batch_size):
+        for rows in torch.cat(chunks).to(self.device).split([len(rows) for rows in chunks]):
             yield self.images[rows].to(device), self.labels[rows].to(device)
 
 
@@ -191,12 +199,15 @@ class FileSplit(Split):
 
     def scan(self, batch_size: int, device: str | torch.device) -> Iterator[tuple[Tensor, list[tuple[int, str]]]]:
         """One pass in order: images on ``device``, and the rows that cannot be read (black), each with its reason."""
-        order, pin_memory = torch.arange(len(self), device="cpu"), torch.device(device).type == "cuda"
-        for images, _, broken in self._loader(order, batch_size, pin_memory):
+        chunks, pin_memory = (
+            torch.arange(len(self), device="cpu").split(batch_size),
+            torch.device(device).type == "cuda",
+        )
+        for images, _, broken in self._loader(chunks, pin_memory):
             yield images.to(device, non_blocking=True), broken
 
-    def read(self, order: Tensor, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels, broken in self._loader(order, batch_size, device.type == "cuda"):
+    def read(self, chunks: list[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels, broken in self._loader(chunks, device.type == "cuda"):
             _refuse(broken)
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
@@ -205,7 +216,7 @@ class FileSplit(Split):
         check_memory(len(self), self.channels, self.img_size)
         images = torch.empty(len(self), self.channels, self.img_size, self.img_size, dtype=torch.uint8)
         parts, all_broken = images.split(256), []
-        loader = self._loader(torch.arange(len(self), device="cpu"), 256)
+        loader = self._loader(torch.arange(len(self), device="cpu").split(256))
         batches = tqdm(loader, "decoding images", leave=False, delay=2, disable=None)
         for part, (batch, _, broken) in zip(parts, batches, strict=True):
             part.copy_(batch)
@@ -226,8 +237,7 @@ class FileSplit(Split):
         images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         return images, self.labels[rows], broken
 
-    def _loader(self, order: Tensor, batch_size: int, pin_memory: bool = False) -> DataLoader:
-        chunks = order.split(batch_size)
+    def _loader(self, chunks: Sequence[Tensor], pin_memory: bool = False) -> DataLoader:
         workers = min(8, _cpus(), len(chunks) - 1)
         own = torch.Generator()  # which the workers' seed is drawn from, not from the one that runs save
         return DataLoader(self, None, sampler=chunks, num_workers=workers, pin_memory=pin_memory, generator=own)

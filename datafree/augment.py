@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data import Dataset
 from data.segmentation import Segmentation
+from datafree.distributed import count, share
 
 
 def random_crop(x: Tensor, padding: int) -> Tensor:
@@ -20,7 +21,7 @@ def random_crop(x: Tensor, padding: int) -> Tensor:
 
     Equal in distribution to torchvision's `RandomCrop((H, W), padding)`.
     """
-    top, left = torch.randint(2 * padding + 1, (2, len(x), 1), device=x.device)
+    top, left = share(torch.randint(2 * padding + 1, (2, count(x), 1), device=x.device), 1)
     return _Crop.apply(x, top, left, padding)
 
 
@@ -46,7 +47,7 @@ class _Crop(torch.autograd.Function):
 
 def random_flip(x: Tensor) -> Tensor:
     """Mirror each image of x (N, C, H, W) left-right with probability 1/2."""
-    flip = torch.rand(x.shape[0], 1, 1, 1, device=x.device) < 0.5
+    flip = share(torch.rand(count(x), 1, 1, 1, device=x.device)) < 0.5
     return torch.where(flip, x.flip(-1), x)
 
 
@@ -58,8 +59,8 @@ def random_resized_crop(x: Tensor, area: float) -> Tensor:
     then it is the whole of a square image).
     """
     x = x if x.is_floating_point() else x.float()
-    n, _, height, width = x.shape
-    u, places = torch.rand(2, 10, n, device=x.device), torch.rand(2, n, device=x.device)
+    n, (height, width) = count(x), x.shape[2:]
+    u, places = share(torch.rand(2, 10, n, device=x.device), 2), share(torch.rand(2, n, device=x.device), 1)
     pixels = (area + (1 - area) * u[0]) * (height * width)
     ratio = torch.exp(math.log(4 / 3) * (2 * u[1] - 1))
     rows, columns = (pixels / ratio).sqrt().round(), (pixels * ratio).sqrt().round()

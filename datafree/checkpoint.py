@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from datafree.distributed import speaks
 from datafree.errors import UsageError
 
 
@@ -21,6 +22,8 @@ def write(path: str | Path, content: bytes) -> None:
     Raises:
         UsageError: it cannot be written.
     """
+    if not speaks():
+        return
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")  # its own, on a shared disk too
     try:

@@ -10,11 +10,12 @@ import shlex
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 from data import DATASETS, SOURCES, TEST_SETS, DataError
+from datafree import distributed
 from datafree.errors import TimeLimit, UsageError
 from datafree.teachers import recipe_for, weights_of
 from models import MODELS, agree_on_size
@@ -137,7 +138,8 @@ class Parser(argparse.ArgumentParser):
         self.script, self.paper = Path(script).stem, paper
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {one_line(message)} (see --help)\n")
+        text = f"{self.prog}: error: {one_line(message)} (see --help)\n"
+        self.exit(2, text if distributed.complains() else None)
 
     def add(self, *rows: tuple[str, str, dict], group: argparse._ActionsContainer | None = None) -> None:
         """Flags of a table: names, help, and what else argparse is told."""
@@ -316,7 +318,8 @@ def cli(main: Callable, parse_args: Callable) -> None:
     args = argparse.Namespace()
     try:
         args = parse_args()
-        main(args)
+        with contextlib.nullcontext() if distributed.speaks() else silence():
+            main(args)
     except (UsageError, DataError) as error:
         _stop(error, 2)
     except TimeLimit as limit:
@@ -326,6 +329,8 @@ def cli(main: Callable, parse_args: Callable) -> None:
         what = f"{error.strerror or error}: {error.filename or 'a file of this run'}"
         _stop(f"{what}: {cure}; what is saved is whole, --resume goes on from it", 2)
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
+        if distributed.lost(error):
+            _stop("another process of this run is gone; --resume goes on from the last whole epoch", 1)
         if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
             raise
         flags = "batch_size", "synthesis_batch_size", "pool_size", "bank_size", "memory", "img_size", "nz", "ngf"
@@ -335,6 +340,14 @@ def cli(main: Callable, parse_args: Callable) -> None:
         _stop("interrupted; the same command with --resume goes on from the last whole epoch", 130)
 
 
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Nothing of what the block prints is shown."""
+    with contextlib.redirect_stdout(Nowhere()), contextlib.redirect_stderr(Nowhere()):
+        yield
+
+
 def _stop(message: str, code: int) -> None:
-    print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
+    if distributed.complains():
+        print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
     sys.exit(code)

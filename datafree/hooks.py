@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from datafree import distributed
 from datafree.losses import at_least_float32
 
 
@@ -36,6 +37,7 @@ class BatchNormHooks:
             self.statistics = _watch(self.layers if statistics else (), _Statistics.apply, handles)
             self.means = _watch(layers, lambda x: at_least_float32(x).mean((2, 3)), handles)
             yield
+        self.statistics = distributed.pool_statistics(self.statistics)
 
     def loss(self) -> Tensor:
         """L_bn (DeepInversion): sum over layers of |mean' - mean| + |var' - var|.
@@ -63,7 +65,7 @@ class BatchNormHooks:
     def features(self) -> Tensor:
         """The spatial means of what entered the recorded `layers`, side by side: (N, sum of channels)."""
         means, self.means = self.means, []
-        return torch.cat(means, dim=1)
+        return distributed.whole(torch.cat(means, dim=1))
 
     def state_dict(self) -> dict[str, list]:
         return {"buffers": self.buffers}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from data import Dataset
 from data.segmentation import Segmentation
+from datafree.distributed import apart, part, total, turns
 from datafree.runtime import Runtime
 
 EVALUATION_PIXELS = 2**25  # values of a test batch at the most: 1000 images of 32 x 32, 222 of 224 x 224
@@ -28,8 +29,8 @@ def classification_scores(model: nn.Module, data: Dataset, transform: Callable, 
     while True:
         try:
             hits = torch.zeros(2, dtype=torch.int64, device=runtime.device)
-            for x, y in data.test.batches(n, device=runtime.device):
-                with runtime.autocast():
+            for x, y in data.test.batches(n, device=runtime.device, share=part):
+                with apart(), runtime.autocast():
                     logits = model(transform(x))
                 top = logits.topk(min(5, data.num_classes), 1).indices == y[:, None]
                 hits += torch.stack([(logits.argmax(1) == y).sum(), top.any(1).sum()])
@@ -39,7 +40,7 @@ def classification_scores(model: nn.Module, data: Dataset, transform: Callable, 
                 raise
             n //= 2
     model.train(training)
-    first, fifth = (100 * n / len(data.test) for n in hits.cpu().tolist())
+    first, fifth = (100 * n / len(data.test) for n in total(hits).cpu().tolist())
     return {"Acc@1": first} | ({"Acc@5": fifth} if data.num_classes > 10 else {})
 
 
@@ -48,13 +49,14 @@ def agreement(student: nn.Module, teacher: nn.Module, batches: Iterable[Tensor],
     """The share, in percent, of normalised images (N, C, H, W) that both put into the same class."""
     training = student.training
     student.eval()
-    same = total = 0
+    counts = torch.zeros(2, dtype=torch.int64, device=runtime.device)
     for x in batches:
-        with runtime.autocast():
-            same = same + (student(x).argmax(1) == teacher(x).argmax(1)).sum()
-        total += len(x)
+        with apart(), runtime.autocast():
+            same = student(x).argmax(1) == teacher(x).argmax(1)
+        counts += torch.stack([same.sum(), torch.ones_like(same).sum()])
     student.train(training)
-    return 100 * int(same) / total
+    same, seen = total(counts).tolist()
+    return 100 * same / seen
 
 
 @torch.no_grad()
@@ -70,11 +72,12 @@ def segmentation_scores(
     training = model.training
     model.eval()
     confusion = Confusion(data.num_classes, runtime.device)
-    for x, y in data.test.whole(runtime.device, 8):
-        with runtime.autocast():
+    for x, y in turns(data.test.whole(runtime.device, 8)):
+        with apart(), runtime.autocast():
             logits = model(transform(x))
         confusion.add(logits.argmax(1), y)
     model.train(training)
+    total(confusion.matrix)
     scores = confusion.scores()
     classes = dict(zip(data.class_names, scores.pop("class_iou"), strict=True))
     scores = {"mIoU": scores.pop("mean_iou")} | scores | {f"iou_{name}": value for name, value in classes.items()}

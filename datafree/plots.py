@@ -11,6 +11,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from data import Segmentation
+from datafree.distributed import speaks
 from datafree.errors import UsageError
 from datafree.runtime import Runtime
 
@@ -21,6 +22,8 @@ def plot_accuracy(path: Path, runs: Mapping[str, Path], column: str = "accuracy"
     Raises:
         UsageError: a file that is none.
     """
+    if not speaks():
+        return
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel=over, ylabel=f"test {column} (%)")
     for label, source in runs.items():

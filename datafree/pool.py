@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from datafree.distributed import SIZE, from_first, share, speaks, whole
 from datafree.errors import UsageError
 
 Shape = tuple[int, int, int]  # (C, H, W) of an image
@@ -22,6 +23,7 @@ class ImagePool:
     Pixels in 0..1 are clamped, multiplied by 255 and cut off to bytes, as published. Images beyond `limit` stay in
     the host's memory and travel when they are drawn. `flush` appends what is new to `path`, raw bytes one image after
     the other, and `state_dict` is their number: a checkpoint stays small, and resuming reads that many images back.
+    Of several processes each holds its share of the images; the file has all of them.
 
     Args:
         shape: (C, H, W). device: where batches come out. path: the file. limit: most images on the device, or None.
@@ -36,6 +38,7 @@ class ImagePool:
     ):
         self.shape, self.device, self.path, self.limit = tuple(shape), torch.device(device), Path(path), limit
         self.n_near = self.n_far = self.saved = 0
+        capacity //= SIZE
         near = self._near_part(capacity)
         try:
             self.near, self.far = self._empty(near, self.device), self._empty(capacity - near, "cpu")
@@ -50,14 +53,19 @@ class ImagePool:
     def _empty(self, n: int, device: str | torch.device, pinned: bool = False) -> Tensor:
         return torch.empty(n, *self.shape, dtype=torch.uint8, device=device, pin_memory=pinned)
 
-    def __len__(self) -> int:
+    @property
+    def own(self) -> int:
+        """The number of images that this process holds."""
         return self.n_near + self.n_far
 
+    def __len__(self) -> int:
+        return self.own * SIZE
+
     def add(self, images: Tensor) -> None:
-        """Append images (N, C, H, W): float in 0..1, or uint8 as they are."""
+        """Append a process's share of images, (N, C, H, W): float in 0..1, or uint8 as they are."""
         if images.dtype != torch.uint8:
             images = (images.detach().clamp(0, 1) * 255).to(torch.uint8)
-        start = len(self)
+        start = self.own
         self._reserve(start + len(images))
         near, far = self._parts(start)
         near.copy_(images[: len(near)])
@@ -77,8 +85,8 @@ class ImagePool:
         return larger
 
     def _parts(self, start: int = 0, end: int | None = None) -> tuple[Tensor, Tensor]:
-        """Images start..end: those on the device, and the spilled ones behind them."""
-        end = len(self) if end is None else min(end, len(self))
+        """This process's images start..end: those on the device, and the spilled ones behind them."""
+        end = self.own if end is None else min(end, self.own)
         near = self.near[min(start, self.n_near) : min(end, self.n_near)]
         return near, self.far[max(start - self.n_near, 0) : max(end - self.n_near, 0)]
 
@@ -94,41 +102,62 @@ class ImagePool:
     def batches(self, batch_size: int, n: int) -> Iterator[Tensor]:
         """n batches, uint8 (batch_size, C, H, W), of random passes over the pool by the device's random numbers.
 
-        A pass meets every image once; a rest smaller than a batch is left out, unless the whole pool is smaller.
+        A pass meets every image once; a rest smaller than a batch is left out, unless the whole pool is smaller. Of
+        several processes each gives its share of a batch, from its own images.
         """
+        batch_size //= SIZE
         while n > 0:
-            order = torch.randperm(len(self), device=self.device)
+            order = torch.randperm(self.own, device=self.device)
             order = order.cpu() if self.n_far else order  # the host waits once a pass
-            for rows in order.split(batch_size)[: max(1, len(self) // batch_size)][:n]:
+            for rows in order.split(batch_size)[: max(1, self.own // batch_size)][:n]:
                 n -= 1
                 yield self._take(rows)
 
     def images(self, start: int = 0, end: int | None = None) -> Tensor:
-        """Images start..end in the order of their making, in the host's memory."""
-        near, far = self._parts(start, end)
-        return torch.cat([near.cpu(), far])
+        """Images start..end in the order of their making, in the host's memory: of several processes, from all."""
+        near, far = self._parts(start // SIZE, None if end is None else end // SIZE)
+        return whole(torch.cat([near.cpu(), far]))
 
     def flush(self) -> None:
         """Write what is new behind what the file holds, and nothing else: what a killed run left there goes."""
         if self.saved < len(self) or not self.saved:
-            size, (near, far) = math.prod(self.shape), self._parts(self.saved)
-            start = self.saved * size
+            size = math.prod(self.shape)
+            start, parts = self.saved * size, self._parts(self.saved // SIZE)
+            near, far = parts if SIZE == 1 else (self.images(self.saved), parts[1][:0])
             write_rows(self.path, (start, near), (start + near.numel(), far), new=not self.saved)
             self.saved = len(self)
-            os.truncate(self.path, self.saved * size)
+            if speaks():
+                os.truncate(self.path, self.saved * size)
 
     def state_dict(self) -> dict[str, int]:
         return {"images": len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        size, found = math.prod(self.shape), self.path.stat().st_size if self.path.is_file() else 0
+        size = math.prod(self.shape)
+        found = from_first(lambda: self.path.stat().st_size if self.path.is_file() else 0)
         if not 0 <= state["images"] * size <= found:
             text = f"{self.path} has not the {state['images']} images that the checkpoint counts"
             raise UsageError(f"{text}: start the run anew, without --resume")
-        self._reserve(state["images"])
+        self._reserve(state["images"] // SIZE)
         near, far = self._parts()
-        read_rows(self.path, (0, near), (near.numel(), far))
+        if SIZE == 1:
+            read_rows(self.path, (0, near), (near.numel(), far))
+        else:
+            self._read_shares(near, far)
         self.saved = len(self)
+
+    def _read_shares(self, *parts: Tensor) -> None:
+        """Fill what this process holds from the file, which rank 0 reads for all."""
+        start = 0
+        for rows in (chunk for part in parts for chunk in _chunks(part)):
+            images = torch.empty(len(rows) * SIZE, *self.shape, dtype=torch.uint8)
+
+            def read(images: Tensor = images, start: int = start) -> Tensor:
+                read_rows(self.path, (start, images))
+                return images
+
+            rows.copy_(share(from_first(read)))
+            start += images.numel()
 
     def export(self, kind: str, folder: str | Path) -> Path:
         """Write all images to `folder`, "png" one file each, "npz" one archive (N, H, W, C); returns what was written.
@@ -141,13 +170,15 @@ class ImagePool:
             images = self.images().permute(0, 2, 3, 1).numpy()
             _write_whole(folder / "images.npz", lambda file: np.savez_compressed(file, images=images))
             return folder / "images.npz"
-        for i in range(len(self)):
-            picture = to_pil_image(self.images(i, i + 1)[0])
-            _write_whole(folder / f"{i:06}.png", lambda file, p=picture: p.save(file, "PNG"))
+        for first in range(0, len(self), SIZE):
+            for i, image in enumerate(self.images(first, first + SIZE), first):
+                _write_whole(folder / f"{i:06}.png", lambda file, image=image: to_pil_image(image).save(file, "PNG"))
         return folder
 
 
 def _write_whole(path: Path, write: Callable) -> None:
+    if not speaks():
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -164,6 +195,8 @@ def _chunks(rows: Tensor) -> tuple[Tensor, ...]:
 
 def write_rows(path: Path, *pieces: tuple[int, Tensor], new: bool = False) -> None:
     """Write tensors to the disk, each at its byte of a file, which is emptied before if it is to be `new`."""
+    if not speaks():
+        return
     with path.open("wb" if new else "r+b") as file:
         for offset, rows in pieces:
             file.seek(offset)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from datafree import checkpoint
 from datafree.cli import FREE, STARTED
+from datafree.distributed import fetch, from_first, speaks
 from datafree.errors import TimeLimit, UsageError
 from datafree.plots import plot_accuracy
 from datafree.resume import ABOUT, damage
@@ -149,6 +150,8 @@ class Run:
         self.states = states
         now = {k: v for k, v in vars(self.args).items() if k not in ("script", "run_name", "command")}
         self.flags = json.loads(json.dumps(now, default=str))
+        if self.args.resume:
+            fetch(self.last)
         if self.args.resume and self.last.exists():
             self._restore()
         checkpoint.write_json(self.folder / "args.json", self.flags)
@@ -159,7 +162,7 @@ class Run:
         about = self.args.command, commit(), versions, device_name(self.runtime.device), self.runtime.precision
         epochs = [self.next_epoch + 1, self.next_epoch]
         self.pieces.append(dict(zip(ABOUT, about, strict=True)) | dict(epochs=epochs, seconds=0.0))
-        if self.args.visdom:
+        if self.args.visdom and speaks():
             self.visdom = Visdom(self.args.visdom, self.name, self.folder / "visdom.log", self.log, self.rows)
         return self.next_epoch
 
@@ -285,7 +288,8 @@ class Run:
         """
         now = time.monotonic()
         self.longest, self.epoch_started = max(self.longest, now - self.epoch_started), now
-        if self.args.time_limit and now + 1.1 * self.longest - STARTED > 60 * self.args.time_limit:
+        late = now + 1.1 * self.longest - STARTED > 60 * (self.args.time_limit or math.inf)
+        if self.args.time_limit and from_first(lambda: late):
             text = f"time limit: stopped with a checkpoint after epoch {self.next_epoch}; --resume goes on"
             self.log(text)
             raise TimeLimit(text)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from datafree.distributed import LOCAL_RANK, add_up
 from datafree.errors import UsageError
 
 
@@ -75,7 +76,7 @@ def setup(args: argparse.Namespace) -> Runtime:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda":
         found = torch.cuda.device_count()
-        index = args.gpu or 0
+        index = args.gpu or LOCAL_RANK
         if index >= found:
             raise UsageError(
                 f"GPU {index} was asked for and {found} can be used: choose another --gpu, or --device cpu"
@@ -158,16 +159,21 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def make_optimizer(name: str, parameters: Iterable, lr: float, weight_decay: float | None = None) -> Optimizer:
+def make_optimizer(
+    name: str, parameters: Iterable, lr: float, weight_decay: float | None = None, of_share: bool = True
+) -> Optimizer:
     """adam, adamw, or sgd (momentum 0.9): fused, one kernel for all parameters.
 
-    A weight decay of None is PyTorch's default: 0.01 for adamw, none for the others.
+    A weight decay of None is PyTorch's default: 0.01 for adamw, none for the others. `of_share`: whether the parameters
+    see a rank's share of the batch, so that their gradients are to be added up, and not the whole of it.
     """
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr, 0.9, fused=True, **decay)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
-    return kind(parameters, lr, fused=True, **decay)
+        optimizer = torch.optim.SGD(parameters, lr, 0.9, fused=True, **decay)
+    else:
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+        optimizer = kind(parameters, lr, fused=True, **decay)
+    return add_up(optimizer) if of_share else optimizer
 
 
 def device_name(device: torch.device) -> str:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from datafree import checkpoint, metrics
+from data.splits import Batches, Split
+from datafree import checkpoint, distributed, metrics
 from datafree.augment import Transform
 from datafree.errors import UsageError
 from datafree.fold import fold_batch_norm
@@ -45,7 +46,11 @@ class Session:
     ):  # fmt: skip
         self.args, self.segmentation, self.published = args, segmentation, list(published)
         self.unseen: Callable[[], Iterable[Tensor]] | None = None
-        self.result = None if args.evaluate_only else finished(args)
+        distributed.begin()
+        distributed.check_divides(**{k: getattr(args, k, None) for k in ("batch_size", "synthesis_batch_size")})
+        args.resume = args.resume or distributed.RESTARTED
+        args.out = args.out if args.evaluate_only else distributed.folder_of(args.out)
+        self.result = None if args.evaluate_only else distributed.from_first(lambda: finished(args))
         if self.result:
             return
         self.runtime = setup(args)
@@ -53,7 +58,8 @@ class Session:
         path = find_teacher(args, segmentation) if taught else own_weights(args) if args.evaluate_only else None
         content = checkpoint.read(path) if path else {}
         known = checkpoint.metadata_of(content, path, args)
-        self.data = open_data(args, known, train and not args.evaluate_only, segmentation).to(self.runtime.device)
+        with distributed.first_alone():
+            self.data = open_data(args, known, train and not args.evaluate_only, segmentation).to(self.runtime.device)
         args.fingerprint = self.data.fingerprint  # a run goes on with the same data and teacher only
         self.score = "mIoU" if segmentation else "Acc@1" if self.data.test is not None else "agreement"
         name = args.student if "student" in args else args.model
@@ -62,10 +68,13 @@ class Session:
         if taught:
             self.teacher, self.teacher_record = load_teacher(args, path, content, self._build, self.data)
             self.runtime.place(self.teacher)
+            distributed.join(self.teacher)
             args.teacher_sha256 = self.teacher_record["sha256"]
         elif args.evaluate_only:
             checkpoint.load_weights(self.student, content, path, name)
         self.runtime.place(self.student)
+        distributed.synchronize(self.student)
+        distributed.join(self.student)
         self.transform = Transform.of(self.data, known, area)
         self.metadata = checkpoint.metadata(name, self.data, self.transform, run=args.run_name)
         if args.evaluate_only:
@@ -79,7 +88,10 @@ class Session:
     @cached_property
     def folded_teacher(self) -> nn.Module:
         """The teacher with each BatchNorm that follows a convolution inside it: faster, the same logits."""
-        return fold_batch_norm(self.teacher)
+        folded = fold_batch_norm(self.teacher)
+        if folded is not self.teacher:
+            distributed.join(folded)
+        return folded
 
     @cached_property
     def run(self) -> Run:
@@ -93,6 +105,7 @@ class Session:
         except ValueError as error:
             raise UsageError(f"{error}: choose another --img_size or --generator") from error
         self.runtime.place(generator)
+        distributed.synchronize(generator)
         self.unseen = lambda: (self.sample(generator, generator.latents(250, self.runtime.device)) for _ in range(4))
         return generator
 
@@ -137,6 +150,12 @@ class Session:
         for epoch in range(self.run.next_epoch, n):
             self.epoch = epoch
             yield epoch
+
+    def batches(self, split: Split) -> Batches:
+        """Shuffled passes over a split in batches of --batch_size: of several processes, a share of each."""
+        size = self.args.batch_size
+        one_left = len(split) % size == 1  # would stop BatchNorm on a 1x1 map
+        return split.batches(size, True, one_left, self.runtime.device, share=distributed.share)
 
     def step(self, loss: Tensor, optimizer: Optimizer) -> Tensor:
         """One update of what the optimiser trains; returns the loss (0-d), detached."""

@@ -14,6 +14,7 @@ from torchvision.models import MobileNet_V2_Weights, ResNet18_Weights, ResNet34_
 
 from data import SOURCES
 from datafree import checkpoint
+from datafree.distributed import speaks
 from datafree.errors import UsageError
 
 # fmt: off
@@ -69,6 +70,8 @@ def teacher_file(folder: str | Path, dataset: str, model: str, recipe: str | Non
 
 def save_teacher(best: Path, target: Path) -> str:
     """Copy a run's best weights to where students look for them; returns a line that says what they replace."""
+    if not speaks():
+        return ""
     text = f"weights of the best epoch: {target}"
     if target.exists():
         found = {}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from datafree.augment import Transform
 from datafree.cli import TYPES
+from datafree.distributed import add_up, share
 from datafree.hooks import BatchNormHooks
 from datafree.losses import at_least_float32, decision_adversarial_loss, kd_loss, l1_loss
 from datafree.pool import ImagePool, Shape
@@ -94,7 +95,7 @@ class Synthesizer:
         return self.invert(self.latents(), self.targets(), adversarial, tick)
 
     def latents(self) -> Tensor:
-        return self.generator.latents(self.synthesis_batch_size, device=self.runtime.device)
+        return share(self.generator.latents(self.synthesis_batch_size, device=self.runtime.device))
 
     def targets(self) -> Tensor:
         return torch.randint(self.num_classes, (self.synthesis_batch_size,), device=self.runtime.device)
@@ -219,9 +220,11 @@ class Best:
         self.tensors = [torch.where(better, new, old) for new, old in zip(tensors, self.tensors, strict=True)]
 
 
-def adam(*groups: tuple[Iterable[Tensor], float]) -> torch.optim.Adam:
-    """The inner optimiser of all families: groups of (parameters, lr), betas 0.5 and 0.999."""
-    return torch.optim.Adam([{"params": list(p), "lr": lr} for p, lr in groups], betas=(0.5, 0.999), fused=True)
+def adam(*groups: tuple[Iterable[Tensor], float], of_share: bool = True) -> torch.optim.Adam:
+    """The inner optimiser of all families: groups of (parameters, lr), betas 0.5 and 0.999; as `make_optimizer`'s."""
+    groups = [{"params": list(p), "lr": lr} for p, lr in groups]
+    optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
+    return add_up(optimizer) if of_share else optimizer
 
 
 def redraw(module: nn.Module, gamma: float = 1.0) -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datafree.distributed import count, from_first, share
 from datafree.errors import UsageError
 from datafree.losses import contrastive_loss
 from datafree.pool import read_rows, write_rows
@@ -44,6 +45,7 @@ class CMI(Synthesizer):
         width = sum(map(width_of, self.layers))
         layers = nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.head_dim)
         self.head = nn.Sequential(*layers).to(self.runtime.device)
+        # On each rank it sees the whole batch: nothing is added up.
         self.head_optimizer = torch.optim.Adam(self.head.parameters(), self.lr_g, fused=True)
         path = self.pool.path.with_name("bank.f32")
         self.bank = MemoryBank(self.bank_size, 2 * width, self.runtime.device, path)  # local half, then global half
@@ -82,7 +84,7 @@ class CMI(Synthesizer):
         local = self.project(local_features, bank_local)
         with torch.no_grad():
             others = self.project(global_features, bank_global)
-        losses["loss_cr"] = contrastive_loss(local, others, self.cr_T, len(images))
+        losses["loss_cr"] = contrastive_loss(local, others, self.cr_T, count(images))
         return losses, [torch.cat([local_features, global_features], dim=1)]
 
     def features(self, x: Tensor) -> Tensor:
@@ -97,20 +99,20 @@ class CMI(Synthesizer):
     @torch.no_grad()
     def start_from(self, images: Tensor) -> None:
         """Fill pool and bank with images (N, C, H, W), uint8, inverted before."""
-        self.pool.add(images)
+        self.pool.add(share(images))
         for part in images[-self.bank_size :].split(self.synthesis_batch_size) if self.cr else ():
-            x = part.to(self.runtime.device).float() / 255
+            x = share(part).to(self.runtime.device).float() / 255
             self.bank.add(torch.cat([self.features(view(x)) for view in (self.strong_view, self.view)], dim=1))
 
     def strong_view(self, images: Tensor) -> Tensor:
         """A crop of 1/4 to all of the area at its own place and size for each image, resized."""
         n, _, height, width = images.shape
-        u = torch.rand(3, n, device=images.device, dtype=images.dtype)
+        u = share(torch.rand(3, count(images), device=images.device, dtype=images.dtype), 1)
         scale = (0.25 + 0.75 * u[0]).sqrt()
         offset = (1 - scale) * (2 * u[1:] - 1)  # in the grid's units, -1..1 from edge to edge
         zero, across = torch.zeros_like(scale), scale
         if self.transform.flip:
-            across = torch.where(torch.rand(n, device=images.device) < 0.5, -scale, scale)
+            across = torch.where(share(torch.rand(count(images), device=images.device)) < 0.5, -scale, scale)
         matrix = torch.stack([across, zero, offset[0], zero, scale, offset[1]], dim=1).view(n, 2, 3)
         grid = F.affine_grid(matrix, (n, 1, height, width), align_corners=False)
         return self.normalized(F.grid_sample(images, grid, align_corners=False, padding_mode="border"))
@@ -185,7 +187,12 @@ class MemoryBank:
         self.saved, self.new = state["rows"], 0
         self.count = min(self.saved, len(self.rows))
         if self.count:
-            read_rows(self.path, *self._pieces(self.saved - self.count, self.rows[: self.count]))
+            self.rows[: self.count] = from_first(self._read).to(self.rows.device)
+
+    def _read(self) -> Tensor:
+        rows = torch.empty(self.count, self.rows.shape[1])
+        read_rows(self.path, *self._pieces(self.saved - self.count, rows))
+        return rows
 
 
 # fmt: off

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datafree.distributed import mean, norm, share
 from datafree.hooks import BatchNormHooks
 from datafree.losses import at_least_float32, js_loss, total_variation
 from datafree.pool import ImagePool
@@ -32,7 +33,7 @@ class DeepInversion(Synthesizer):
 
     def latents(self) -> Tensor:
         """What a round starts from: noise as normalised images (N, C, H, W)."""
-        return torch.randn(self.synthesis_batch_size, *self.shape, device=self.runtime.device)
+        return share(torch.randn(self.synthesis_batch_size, *self.shape, device=self.runtime.device))
 
     def invert(self, x: Tensor, targets: Tensor, adversarial: bool, tick: Tick) -> Losses:
         """One round from normalised images x (N, C, H, W), which are optimised in place."""
@@ -81,8 +82,8 @@ class DeepInversion(Synthesizer):
             bn=lambda: self.hooks.loss() - 0.001 * self.student_hooks.loss(),
             oh=lambda: F.cross_entropy(at_least_float32(t_logits), targets),
             adv=lambda: -js_loss(s_logits, t_logits),
-            tv=lambda: total_variation(x),
-            l2=x.norm,
+            tv=lambda: mean(total_variation(x)),
+            l2=lambda: norm(x.norm()),
         )
 
 

@@ -1,9 +1,12 @@
 """Fast-Datafree (Fang et al., AAAI 2022): a generator that is meta-learnt across batches."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from datafree.distributed import share, whole
 
 from .base import GENERATOR, STUDENT, Best, Losses, Method, Synthesizer, Tick, adam, redraw, register
 
@@ -30,7 +33,8 @@ class Fast(Synthesizer):
     def __init__(self, *networks: object, **settings: object):
         super().__init__(*networks, **settings)
         if self.meta:
-            self.meta_optimizer = adam((self.generator.parameters(), self.lr_g * self.g_steps))
+            # Its gradients are made of the copies', which are added up.
+            self.meta_optimizer = adam((self.generator.parameters(), self.lr_g * self.g_steps), of_share=False)
             self.kept = (*self.kept, "meta_optimizer")
 
     def invert(self, z: Tensor, targets: Tensor, adversarial: bool, tick: Tick) -> Losses:
@@ -107,12 +111,12 @@ class FastLatents(Fast):
 
     def __init__(self, *networks: object, **settings: object):
         super().__init__(*networks, **settings)
-        self.meta_optimizer = adam((self.generator.parameters(), self.meta_lr_g))
+        self.meta_optimizer = adam((self.generator.parameters(), self.meta_lr_g), of_share=False)
         self.rounds, self.kept = 0, (*self.kept, "z_optimizer")
         shape = self.synthesis_batch_size, *self.generator.latent_shape
-        self.share(torch.zeros(shape, device=self.runtime.device))  # the first round draws them
+        self.take(share(torch.zeros(shape, device=self.runtime.device)))  # the first round draws them
 
-    def share(self, z: Tensor) -> None:
+    def take(self, z: Tensor) -> None:
         """Take latents z (N, nz, h, w) as the common ones of the rounds to come."""
         self.z, self.z_optimizer = z, adam(([z], self.meta_lr_z))
 
@@ -125,17 +129,24 @@ class FastLatents(Fast):
 
     def round(self, adversarial: bool, tick: Tick) -> Losses:
         if self.rounds % self.z_rounds == 0:
-            self.share(self.latents())
+            self.take(self.latents())
         self.rounds += 1
         return self.invert(self.z.clone(), self.targets(), adversarial, tick)
 
     def state_dict(self) -> dict[str, object]:
-        return super().state_dict() | {"z": self.z, "rounds": self.rounds}
+        state = super().state_dict() | {"z": whole(self.z), "rounds": self.rounds}
+        return state | {"z_optimizer": _of_rows(state["z_optimizer"], whole)}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        self.share(state["z"])
+        self.take(share(state["z"]))
         self.rounds = state["rounds"]
-        super().load_state_dict(state)
+        super().load_state_dict(state | {"z_optimizer": _of_rows(state["z_optimizer"], share)})
+
+
+def _of_rows(state: dict, change: Callable[[Tensor], Tensor]) -> dict:
+    """An optimiser's state whose averages of the latents' rows are changed."""
+    slots = {i: {k: change(v) if v.dim() else v for k, v in slot.items()} for i, slot in state["state"].items()}
+    return state | {"state": slots}
 
 
 # What the published scripts choose by teacher and by g_steps.

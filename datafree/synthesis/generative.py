@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from datafree.distributed import share
 from datafree.losses import activation_loss, information_entropy_loss, one_hot_loss
 
 from .base import CRITERIA, GENERATOR, STUDENT, Losses, Method, Synthesizer, Tick, adam, register
@@ -56,7 +57,7 @@ class Generative(Synthesizer):
     def sample(self, n: int, batch_size: int) -> Iterator[Tensor]:
         """n batches of fresh normalised images (batch_size, C, H, W), of the generator in train mode, as published."""
         for _ in range(n):
-            z = self.generator.latents(batch_size, device=self.runtime.device)
+            z = share(self.generator.latents(batch_size, device=self.runtime.device))
             yield self.normalized(self.generate(self.generator, z))
 
     @torch.no_grad()

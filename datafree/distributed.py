@@ -1,0 +1,299 @@
+"""Several processes, on GPUs or machines, that torchrun starts: together they compute what one would.
+
+Every rank draws the same random numbers, those of the whole batch, and takes its `share` of what is drawn: of its rows
+the one with the rank's number, and every SIZEth from there. Networks run on shares; what they say is put together again
+(`join`), so that every loss is the whole batch's on every rank, and its gradient flows into the rank's own rows. Before
+an optimiser's step the gradients are added up (`add_up`): all ranks take the step of the whole batch. Rank 0 alone
+speaks and writes; the others' run folders are temporary. One process alone computes as if none of this were here.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.optim import Optimizer
+
+from datafree.errors import UsageError
+from datafree.losses import at_least_float32
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=12)  # a rank that dies ends the others at once: torchrun sees to it
+LAUNCHED = dist.is_available() and dist.is_torchelastic_launched()
+RANK, SIZE, LOCAL_RANK = (
+    int(os.environ.get(name, other)) if LAUNCHED else other
+    for name, other in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+)
+RESTARTED = LAUNCHED and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+_joined = True  # whether networks give the whole batch's outputs
+
+
+def begin() -> None:
+    """Meet the other processes, once."""
+    if SIZE > 1 and not dist.is_initialized():
+        dist.init_process_group(timeout=PATIENCE)  # gloo for a CPU's tensors, NCCL for GPUs'
+        atexit.register(_end)
+
+
+def _end() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def folder_of(out: str) -> str:
+    """Where a rank's run folders are: `out` for rank 0, a folder that goes with the process for the others."""
+    if RANK == 0:
+        return out
+    folder = tempfile.mkdtemp(prefix="datafree-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def speaks() -> bool:
+    """Whether this process writes files and speaks to the user."""
+    return RANK == 0
+
+
+def complains() -> bool:
+    """Whether this process is to say what ended it: the first one that asks, for all."""
+    if not dist.is_initialized():
+        return RANK == 0
+    return dist.distributed_c10d._get_default_store().add("complaints", 1) == 1
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that another process is gone."""
+    words = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo"
+    return dist.is_initialized() and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make()` returns or raises on rank 0, on all ranks: picklable."""
+    if not dist.is_initialized():
+        return make()
+    answer = [None, None]
+    if RANK == 0:
+        try:
+            answer[0] = make()
+        except Exception as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def gather(items: list[T]) -> list[T]:
+    """The items, picklable, of all ranks' lists, one list after the other."""
+    if SIZE == 1:
+        return items
+    lists = [None] * SIZE
+    dist.all_gather_object(lists, items)
+    return [item for found in lists for item in found]
+
+
+def fetch(path: Path) -> None:
+    """Copy a file of rank 0's run folder, if it is there, to the other ranks'."""
+    content = from_first(lambda: path.read_bytes() if SIZE > 1 and path.is_file() else None)
+    if RANK and content is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def alone(what: str) -> None:
+    """Raises UsageError for what one process does alone, where there are several."""
+    if SIZE > 1:
+        raise UsageError(f"{what} is for one process: start it by python, not torchrun")
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """A block that rank 0 goes through before the others: it downloads and unpacks what they then find."""
+    if dist.is_initialized() and RANK > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and RANK == 0:
+        dist.barrier()
+
+
+def check_divides(**sizes: int | None) -> None:
+    """Raises UsageError where a batch size, flag -> images, is no multiple of the number of processes."""
+    for flag, n in sizes.items():
+        if n and n % SIZE:
+            text = f"--{flag} {n} cannot be divided among {SIZE} processes"
+            raise UsageError(f"{text}: choose a multiple, or another --nproc_per_node")
+
+
+def share(x: Tensor, dim: int = 0) -> Tensor:
+    """This rank's rows of a whole batch's tensor; a rest that does not go round is left out."""
+    if SIZE == 1:
+        return x
+    return x.index_select(dim, torch.arange(x.shape[dim] // SIZE, device=x.device) * SIZE + RANK)
+
+
+def part(rows: Tensor) -> Tensor:
+    """This rank's rows as `share`'s, but no row is left out: ranks may have one more than others."""
+    return rows[RANK::SIZE]
+
+
+def turns(items: Iterable[T]) -> Iterator[T]:
+    """This rank's of some items that the ranks take in turn."""
+    return islice(items, RANK, None, SIZE)
+
+
+def count(x: Tensor) -> int:
+    """The rows of the whole batch that x is the share of."""
+    return len(x) * SIZE
+
+
+def whole(x: Tensor) -> Tensor:
+    """The whole batch (N, ...) of the ranks' shares; its gradient flows into the rank's own rows."""
+    return x if SIZE == 1 else _Whole.apply(x)
+
+
+def mean(value: Tensor) -> Tensor:
+    """The whole batch's mean of which `value` (0-d) is the share's."""
+    return value if SIZE == 1 else whole(value[None]).mean()
+
+
+def norm(value: Tensor) -> Tensor:
+    """The whole batch's Euclidean norm of which `value` (0-d) is the share's."""
+    return value if SIZE == 1 else whole(value[None]).norm()
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of the ranks' tensors."""
+    if SIZE > 1:
+        dist.all_reduce(x)
+    return x
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(SIZE)]
+        dist.all_gather(parts, x)
+        return torch.stack(parts, dim=1).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient[RANK::SIZE]
+
+
+def pool_statistics(statistics: list) -> list:
+    """The whole batch's (mean, biased variance), each (C,), from each layer's of the rank's share."""
+    if SIZE == 1 or not statistics:
+        return statistics
+    sizes = [len(mean) for mean, _ in statistics]
+    shares = whole(
+        torch.cat([torch.cat([mean for mean, _ in statistics]), torch.cat([var for _, var in statistics])])[None]
+    )
+    means, variances = shares.chunk(2, dim=1)
+    mean = means.mean(0)
+    var = variances.mean(0) + (means - mean).square().mean(0)
+    return list(zip(mean.split(sizes), var.split(sizes), strict=True))
+
+
+def join(network: nn.Module) -> None:
+    """Let a network give the whole batch's outputs for the rank's share of the images."""
+    if SIZE > 1:
+        network.register_forward_hook(_gather_outputs)
+
+
+def _gather_outputs(_network: nn.Module, _images: tuple, outputs):
+    if not _joined:
+        return outputs
+    return tuple(map(whole, outputs)) if isinstance(outputs, tuple) else whole(outputs)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """A block in which joined networks answer for the images that they are given alone."""
+    global _joined
+    before, _joined = _joined, False
+    try:
+        yield
+    finally:
+        _joined = before
+
+
+def add_up(optimizer: Optimizer) -> Optimizer:
+    """Add up the ranks' gradients before each step: of parameters; other tensors are a rank's own rows."""
+    if SIZE > 1:
+        optimizer.register_step_pre_hook(_add_gradients)
+    return optimizer
+
+
+@torch.no_grad()
+def _add_gradients(optimizer: Optimizer, _args: tuple, _kwargs: dict) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, nn.Parameter)]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients:
+        # One message for all of them; their memory order does not matter, as each goes back where it came from.
+        flat = total(torch.cat([g.reshape(-1) for g in gradients]))
+        parts = [f.view(g.shape) for f, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)]
+        torch._foreach_copy_(gradients, parts)
+
+
+def synchronize(network: nn.Module) -> None:
+    """Let the BatchNorm layers of a network, in train mode, see the whole batch."""
+    for module in network.modules() if SIZE > 1 else ():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__, module.process_group = BatchNorm2d, None
+
+
+class BatchNorm2d(nn.SyncBatchNorm, nn.BatchNorm2d):
+    """BatchNorm over all ranks: PyTorch's on a GPU; on a CPU, where it has none, with the same two exchanges."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, C, H, W), the rank's share, normalised by the whole batch's statistics."""
+        if x.is_cuda or not self.training:
+            return super().forward(x)
+        y, mean, var = _Normalize.apply(x, self.weight, self.bias, self.eps)
+        if self.track_running_stats:
+            n = count(x) * x[0, 0].numel()
+            self.num_batches_tracked.add_(1)
+            rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
+            self.running_var.lerp_((var * n / (n - 1)).to(self.running_var.dtype), rate)
+        return y
+
+
+class _Normalize(torch.autograd.Function):
+    """BatchNorm of x (N, C, H, W) by the whole batch's mean and biased variance, which it returns, too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+        var, mean = torch.var_mean(at_least_float32(x), (0, 2, 3), correction=0)
+        ((mean, var),) = pool_statistics([(mean, var)])
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
+        ctx.mark_non_differentiable(mean, var)
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor, *_) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale = ctx.saved_tensors
+        n = count(x) * x[0, 0].numel()
+        precise = gradient.to(mean.dtype)
+        sums = torch.stack([precise.sum((0, 2, 3)), (precise * (x - mean.view(1, -1, 1, 1))).sum((0, 2, 3))])
+        g_bias, g_weight = sums[0].clone(), sums[1] * scale  # the rank's part, as of all parameters
+        g_mean, g_var = total(sums) / n
+        slope = scale if weight is None else weight * scale
+        curve = -slope * scale.square() * g_var
+        offset = -slope * g_mean - curve * mean
+        slope, curve, offset = (v.to(x.dtype).view(1, -1, 1, 1) for v in (slope, curve, offset))
+        g_x = torch.addcmul(torch.addcmul(offset, x, curve), gradient, slope)
+        return g_x, *((None, None) if weight is None else (g_weight, g_bias)), None

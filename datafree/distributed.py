@@ -29,7 +29,7 @@ from datafree.errors import UsageError
 from datafree.losses import at_least_float32
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=12)  # a rank that dies ends the others at once: torchrun sees to it
+PATIENCE = timedelta(hours=2)  # while one unpacks data; a rank that dies ends the others at once, by torchrun
 LAUNCHED = dist.is_available() and dist.is_torchelastic_launched()
 RANK, SIZE, LOCAL_RANK = (
     int(os.environ.get(name, other)) if LAUNCHED else other

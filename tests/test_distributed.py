@@ -1,0 +1,167 @@
+"""Several processes compute what one does, and end together."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+
+from datafree import checkpoint
+
+HERE = Path(__file__).resolve().parent
+FEW = ("teacher_train", "DAFL_train", "DFAD_camvid_deeplab", "DFND_train", "dfq", "cmi", "fast_meta", "imagenet")
+
+
+def torchrun(n, *command, flags=()):
+    """The command line that starts n processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n, *flags]
+    return [str(part) for part in (*launch, *command)]
+
+
+def run(command, **options):
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=HERE, **options)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """The folder where one, two and three processes have run the cases."""
+    out = tmp_path_factory.mktemp("ranks")
+    ranks.prepare(out)
+    for command in (
+        [sys.executable, HERE / "ranks.py", out],
+        torchrun(2, HERE / "ranks.py", out),
+        torchrun(3, HERE / "ranks.py", out, *FEW),
+    ):
+        end = run(command)
+        assert end.returncode == 0, end.stderr
+    return out
+
+
+def tensors(state, path=""):
+    """Path -> tensor or other value, of nested states."""
+    if isinstance(state, dict | list | tuple):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {k: v for key, value in items for k, v in tensors(value, f"{path}/{key}").items()}
+    return {path: state}
+
+
+@pytest.mark.parametrize("n, name", [(2, name) for name in ranks.CASES] + [(3, name) for name in FEW])
+def test_ranks_end_with_the_weights_of_one_process(n, name, out):
+    files = [next((out / str(size) / name).glob("*/last.pt")) for size in (1, n)]
+    one, several = (tensors(checkpoint.read(path)["run"]["states"]) for path in files)
+    assert one.keys() == several.keys()
+    compared, largest = 0, {}  # by the kind of state: weights, momenta ...
+    for key, value in one.items():
+        if isinstance(value, torch.Tensor) and value.dim():
+            kind = key.rpartition("/")[2] if "/state/" in key else key.split("/")[1]
+            largest[kind] = max(largest.get(kind, 0), value.norm())
+    for key, value in one.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim():
+            kind = key.rpartition("/")[2] if "/state/" in key else key.split("/")[1]
+            # What is nothing but rounding, as the gradient of a bias before a BatchNorm, has no relative error.
+            assert (value - several[key]).norm() <= 1e-9 * value.norm() + 1e-12 * largest[kind], key
+            compared += 1
+        elif "timer" not in key:
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(several[key])), key
+    assert compared > 10
+    rows = [checkpoint.read(path)["run"]["rows"][-1] for path in files]
+    for key in rows[0].keys() - {"seconds", "synthesis_seconds"}:
+        assert rows[1][key] == pytest.approx(rows[0][key], rel=1e-9, abs=1e-12)
+
+
+def test_the_pool_has_the_images_in_the_order_of_one_process(out):
+    one, two = (next((out / n / "fast_meta").glob("*/pool.u8")).read_bytes() for n in "12")
+    assert len(one) == 12 * 3 * 16 * 16 and one == two
+
+
+def test_reference_numbers_hold_on_two_ranks():
+    cases = ["test_DAFL.py::test_joint_step[True]", "test_DFAD.py::test_iterations[True]"]
+    end = run(
+        torchrun(
+            2, "--no-python", sys.executable, "-m", "pytest", "-p", "on_ranks", "-q", "-p", "no:cacheprovider", *cases
+        )
+    )
+    assert end.returncode == 0 and end.stdout.count("2 passed") == 2, end.stdout
+
+
+def dafl(out, *flags):
+    text = "--dataset digits --iterations 3 --batch_size 12 --precision fp32 --device cpu"
+    return [HERE.parent / "DAFL_train.py", *text.split(), "--out", out, *flags]
+
+
+def weights(out):
+    return checkpoint.read(next(out.glob("*/last.pt")))["run"]["states"]
+
+
+def test_a_killed_rank_restarts_the_job(tmp_path):
+    end = run(torchrun(2, *dafl(tmp_path / "whole", "--n_epochs", 3)))
+    assert end.returncode == 0, end.stderr
+    command = torchrun(2, *dafl(tmp_path / "killed", "--n_epochs", 3), flags=["--max-restarts", 3])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+        while not list((tmp_path / "killed").glob("*/last.pt")):
+            assert job.poll() is None
+            time.sleep(0.01)
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        text = job.communicate()[0]
+    assert job.returncode == 0 and "resumed after epoch" in text, text
+    one, two = tensors(weights(tmp_path / "whole")), tensors(weights(tmp_path / "killed"))
+    assert all(torch.equal(torch.as_tensor(one[k]), torch.as_tensor(two[k])) for k in one)
+
+
+@pytest.mark.parametrize("first, second", [(1, 2), (2, 1)])
+def test_another_number_of_ranks_goes_on(first, second, tmp_path, checkpoints):
+    text = "--method cmi --dataset digits --teacher resnet8 --student resnet8 --batch_size 8 --synthesis_batch_size 8 "
+    text += "--ep_steps 1 --kd_steps 1 --warmup 0 --g_steps 1 --bank_size 40 --n_neg 8 --nz 4 --ngf 2 --device cpu"
+    command = [HERE.parent / "datafree_kd.py", *text.split(), "--out", tmp_path, "--checkpoints", checkpoints]
+    images = []
+    for n, epochs in ((first, 1), (second, 2)):
+        command[-1:] = [checkpoints, "--n_epochs", epochs, "--resume"]
+        end = run([sys.executable, *command] if n == 1 else torchrun(n, *command))
+        assert end.returncode == 0, end.stderr
+        images.append(next(tmp_path.glob("*/pool.u8")).read_bytes())
+        del command[-3:]
+    assert "resumed after epoch 1" in end.stdout
+    assert len(images[1]) == 2 * len(images[0]) and images[1].startswith(images[0])
+
+
+ALONE = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from datafree import distributed
+from datafree.cli import cli
+from datafree.errors import UsageError
+
+def main(args):
+    distributed.begin()
+    if distributed.RANK == 1:
+        raise UsageError("this machine has no data: copy it")
+    distributed.mean(torch.zeros(()))  # the other one waits for it
+
+cli(main, lambda: None)
+"""
+
+
+def test_an_error_of_one_rank_ends_all_in_its_line(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(ALONE.format(root=str(HERE.parent)))
+    end = run(torchrun(2, script), timeout=100)
+    lines = [line for line in end.stderr.splitlines() if line.startswith("script.py: ")]
+    assert end.returncode and lines == ["script.py: this machine has no data: copy it"], end.stderr
+    assert "exitcode  : 2" in end.stderr
+
+
+def test_mistakes_are_one_line():
+    script = HERE.parent / "DAFL_train.py"
+    for flags, text in (
+        (["--dataset", "digits", "--batch_size", 127], "--batch_size 127 cannot be divided among 2 processes"),
+        (["--dataset", "nothing"], "invalid choice: 'nothing'"),
+    ):
+        end = run(torchrun(2, script, *flags))
+        assert end.returncode and end.stderr.count(text) == 1, end.stderr

@@ -5,6 +5,7 @@
     python bench.py --setting fast_wrn  # fast_meta: WRN-40-2 -> WRN-16-1, batch 256; fast_wrn16: WRN-16-2 -> WRN-16-1
     python bench.py --setting teacher   # teacher training, WRN-40-2, batch 256
     python bench.py --setting camvid    # DFAD, DeepLabv3 ResNet-50 -> MobileNet, 128 pixels, batch 64
+    python bench.py --ranks 1 2         # instead: ours by one and by two processes, see bench_ranks.py
 
 The published way is float32, NCHW, eager, with upsampling and convolution apart and the C library's own treatment of
 freed memory; a teacher's images are read by four worker processes through PIL; for fast_meta, synthetic images are
@@ -49,6 +50,7 @@ import DFAD_cifar
 import DFAD_mnist
 import teacher_train
 from data import SOURCES, TensorSplit
+from datafree import distributed
 from datafree.augment import Transform
 from datafree.cli import DEVICE, Parser, batch, cli, count, number
 from datafree.fold import fold_batch_norm
@@ -74,6 +76,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     p.add_argument("--batch_size", type=batch, help="(default: 512 for LeNet-5, 64 for CamVid, else 256)")
     p.add_argument("--steps", type=count, default=4, help="of a block; of rounds one (default: %(default)s)")
     p.add_argument("--repeats", type=number(int, 2), default=5, help="blocks of each way (default: %(default)s)")
+    text = "compare ours by so many processes of a thread (or GPU) each with one process"
+    p.add_argument("--ranks", type=number(int, 1, 64), nargs="+", metavar="N", help=text)
     p.add(*FLAGS)
     args = p.parse_args(argv)
     args.batch_size = args.batch_size or (512 if args.setting.endswith("mnist") else BATCHES.get(args.setting, 256))
@@ -105,9 +109,14 @@ class Way:
         self.student = self._place(getattr(self.args, "student", None) or self.args.model)
         if "teacher" in self.args:
             generator = get_generator(self.network, self.args.nz, self.size, self.channels)
+            distributed.synchronize(generator)
             self.generator = set_folded(generator, self.ours).to(self.device, memory_format=self.layout)
             self.teacher = self._place(self.args.teacher).eval().requires_grad_(False)
             self.folded_teacher = fold_batch_norm(self.teacher) if self.ours else self.teacher
+            for network in {self.teacher, self.folded_teacher}:
+                distributed.join(network)
+        distributed.synchronize(self.student)
+        distributed.join(self.student)
 
     def _place(self, name: str) -> nn.Module:
         network = self.get_model(name, self.classes, self.channels)
@@ -121,11 +130,11 @@ class DaflWay(Way):
         super().__init__(name, args, runtime, DAFL_train, "--dataset", args.setting)
         self.optimizer_G = make_optimizer("adam", self.generator.parameters(), 1e-3)
         self.optimizer_S = make_optimizer("adam", self.student.parameters(), 1e-3)
-        x = torch.randn(self.batch_size, self.channels, 32, 32, device=self.device)
+        x = distributed.share(torch.randn(self.batch_size, self.channels, 32, 32, device=self.device))
         self.x = x.contiguous(memory_format=self.layout)
 
     def latents(self) -> Tensor:
-        return self.generator.latents(self.batch_size, device=self.device)
+        return distributed.share(self.generator.latents(self.batch_size, device=self.device))
 
     def generator_step(self) -> None:
         """Generator and teacher: L_G alone."""
@@ -201,7 +210,7 @@ class TeacherWay(Way):
             for x in self.pool.sample(self.batch_size, self.device):
                 yield x, torch.randint(10, (len(x),), device=self.device)
         while True:
-            yield from self.split.batches(self.batch_size, shuffle=True, device=self.device, drop_last=True)
+            yield from self.split.batches(self.batch_size, True, True, self.device, distributed.share)
 
     def training_step(self) -> None:
         """A batch of images, and an update."""
@@ -248,7 +257,7 @@ class FastWay(Way):
         source, shape = SOURCES["cifar10"], (3, 32, 32)
         transform = Transform(source.mean, source.std, padding=4, flip=True)
         pool = ImagePool(shape, self.device, "unsaved") if self.ours else PngPool(transform)
-        pool.add(torch.rand(POOL, *shape))
+        pool.add(distributed.share(torch.rand(POOL, *shape)))
         settings = {k: getattr(self.args, k) for k in Fast.settings}
         networks = self.teacher, self.student, self.generator
         self.synthesizer = Fast(*networks, transform, shape, 10, self.runtime, pool, **settings)
@@ -335,6 +344,10 @@ def finish(args: Namespace, runtime: Runtime, **figures: object) -> dict[str, ob
 
 def main(args: Namespace) -> dict[str, object]:
     """Measure and print; returns the figures."""
+    if args.ranks:
+        import bench_ranks
+
+        return bench_ranks.main(args)
     runtime = setup(args)
     process = {name: ProcessPoolExecutor(1, get_context("spawn"), start_process, (name, args)) for name in WAYS}
 

@@ -50,25 +50,25 @@ def tensors(state, path=""):
     return {path: state}
 
 
+def kind(path):
+    return path.rpartition("/")[2] if "/state/" in path else path.split("/")[1]
+
+
 @pytest.mark.parametrize("n, name", [(2, name) for name in ranks.CASES] + [(3, name) for name in FEW])
 def test_ranks_end_with_the_weights_of_one_process(n, name, out):
     files = [next((out / str(size) / name).glob("*/last.pt")) for size in (1, n)]
     one, several = (tensors(checkpoint.read(path)["run"]["states"]) for path in files)
     assert one.keys() == several.keys()
-    compared, largest = 0, {}  # by the kind of state: weights, momenta ...
-    for key, value in one.items():
-        if isinstance(value, torch.Tensor) and value.dim():
-            kind = key.rpartition("/")[2] if "/state/" in key else key.split("/")[1]
-            largest[kind] = max(largest.get(kind, 0), value.norm())
-    for key, value in one.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim():
-            kind = key.rpartition("/")[2] if "/state/" in key else key.split("/")[1]
-            # What is nothing but rounding, as the gradient of a bias before a BatchNorm, has no relative error.
-            assert (value - several[key]).norm() <= 1e-9 * value.norm() + 1e-12 * largest[kind], key
-            compared += 1
-        elif "timer" not in key:
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(several[key])), key
-    assert compared > 10
+    tested = [k for k, v in one.items() if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dim()]
+    largest = {}  # by the kind of state: weights, momenta ...
+    for key in tested:
+        largest[kind(key)] = max(largest.get(kind(key), 0), one[key].norm())
+    for key in tested:
+        # What is nothing but rounding, as the gradient of a bias before a BatchNorm, has no relative error.
+        limit = 1e-9 * one[key].norm() + 1e-12 * largest[kind(key)]
+        assert (one[key] - several[key]).norm() <= limit, key
+    assert len(tested) > 10
+    assert all(one[k] == several[k] for k in one.keys() - set(tested) if "timer" not in k)
     rows = [checkpoint.read(path)["run"]["rows"][-1] for path in files]
     for key in rows[0].keys() - {"seconds", "synthesis_seconds"}:
         assert rows[1][key] == pytest.approx(rows[0][key], rel=1e-9, abs=1e-12)

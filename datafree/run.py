@@ -206,13 +206,14 @@ class Run:
         with (self.folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text + "\n")
 
-    def progress(self, iterations: list[int], batch_size: int, done: int = 0) -> None:
+    def progress(self, iterations: int | list[int], batch_size: int, done: int = 0) -> None:
         """Open the progress bar of the whole run: images/s, ETA, loss and score.
 
         Args:
-            iterations: of each epoch. batch_size: images of an iteration. done: iterations of the next epoch
-                that are done.
+            iterations: of an epoch, or of each one. batch_size: images of an iteration. done: iterations of the next
+                epoch that are done.
         """
+        iterations = [iterations] * self.args.n_epochs if isinstance(iterations, int) else iterations
         done += sum(iterations[: self.next_epoch])
         look = dict(unit=" images", unit_scale=True, dynamic_ncols=True, desc=self.name, smoothing=0.05, disable=None)
         self.bar = tqdm(total=sum(iterations) * batch_size, initial=done * batch_size, **look)

@@ -40,10 +40,9 @@ class Runtime:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def place(self, *modules: nn.Module) -> None:
-        """Move modules to the device, their convolutions' weights to channels_last."""
-        for module in modules:
-            module.to(self.device, memory_format=torch.channels_last)
+    def place(self, module: nn.Module) -> nn.Module:
+        """Move a module to the device, its convolutions' weights to channels_last; returns it."""
+        return module.to(self.device, memory_format=torch.channels_last)
 
 
 def keep_memory(keep: bool = True) -> None:

@@ -75,37 +75,23 @@ PRESETS = {
 }
 MMRAZOR = dict(batch_size=2048, n_epochs=250, optimizer_G="adamw", lr_G=1e-3, optimizer_S="adamw", lr_S=0.1,
                weight_decay=0.01, milestones=[0.4, 0.8], warmup=500, T=6.0)
+RECIPE = dict(
+    batch_size="images of an iteration", n_epochs="epochs of --iterations", optimizer_G="of the generator",
+    lr_G="learning rate of the generator", optimizer_S="of the student", lr_S="learning rate of the student",
+    weight_decay="of the student", milestones="lr_S x 0.1 at these fractions of the epochs",
+    warmup="iterations with a linearly rising learning rate", nz="length of z", oh="weight of L_oh",
+    ie="weight of L_ie", a="weight of L_a", T="temperature of L_KD", iterations="of an epoch",
+)
 # fmt: on
 
 
 def parse_args(argv: Sequence | None = None) -> Namespace:
-    p = Parser(
-        __file__,
-        __doc__.format(presets=describe_presets(PRESETS), mmrazor=describe_presets({"mmrazor": MMRAZOR})),
-        paper="dafl",
-    )
+    presets, mmrazor = describe_presets(PRESETS), describe_presets({"mmrazor": MMRAZOR})
+    p = Parser(__file__, __doc__.format(presets=presets, mmrazor=mmrazor), paper="dafl")
     p.add_dataset()
     p.add_networks()
-    p.add_argument(
-        "--variant", choices=("dafl", "mmrazor"), default="dafl", help="whose setting (default: %(default)s)"
-    )
-    p.add_recipe(
-        batch_size="images of an iteration",
-        n_epochs="epochs of --iterations",
-        optimizer_G="of the generator",
-        lr_G="learning rate of the generator",
-        optimizer_S="of the student",
-        lr_S="learning rate of the student",
-        weight_decay="of the student",
-        milestones="lr_S x 0.1 at these fractions of the epochs",
-        warmup="iterations with a linearly rising learning rate",
-        nz="length of z",
-        oh="weight of L_oh",
-        ie="weight of L_ie",
-        a="weight of L_a",
-        T="temperature of L_KD",
-        iterations="of an epoch",
-    )
+    p.add(("--variant", "whose setting (default: %(default)s)", dict(choices=("dafl", "mmrazor"), default="dafl")))
+    p.add_recipe(**RECIPE)
     p.add_argument("--ie_log", choices=("10", "e"), default="10", help="base of L_ie's logarithm (default: 10)")
     p.add_argument("--as_published", action="store_true", help="with --variant mmrazor: difference 5 is none")
     p.add_argument("--unfolded", action="store_true", help="run upsampling and convolution apart, as published")

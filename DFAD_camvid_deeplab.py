@@ -39,7 +39,8 @@ def parse_args(
     p = Parser(script, docstring.format(presets=describe_presets({preset["dataset"]: preset})), paper="dfad")
     p.set_defaults(dataset=preset["dataset"])
     p.add_networks(SEGMENTERS)
-    DFAD_cifar.add_flags(p)
+    p.add_recipe(**DFAD_cifar.RECIPE)
+    p.add(*DFAD_cifar.FLAGS)
     p.add_argument("--img_size", type=number(int, 16), help="side of the generated images (default: see above)")
     text = "at the end write N test images (all without a number) beside ground truth, teacher's and student's classes"
     p.add_argument("--save_img", type=number(int, 0), nargs="?", const=10**9, default=0, metavar="N", help=text)

@@ -55,6 +55,14 @@ PRESETS = {
     "digits": MNIST | dict(batch_size=64, n_epochs=6, epoch_itrs=10, milestones=[0.6, 0.85], nz=100),
     "folder": FOLDER,
 }
+RECIPE = dict(
+    batch_size="images of a step", n_epochs="epochs of --epoch_itrs", epoch_itrs="iterations of an epoch",
+    k="student steps of an iteration", lr_S="learning rate of the student (SGD, momentum 0.9)",
+    weight_decay="of the student", lr_G="learning rate of the generator (Adam)",
+    milestones="both learning rates x 0.1 at these fractions of the epochs", nz="length of z", kl="weight of KL",
+    at="weight of the attention maps' differences; 0 for networks whose stages differ",
+)
+KEEP = ("--keep_student_gradient", "as published, difference 1 (default: it is cleared)", dict(action="store_true"))
 # fmt: on
 
 
@@ -62,23 +70,8 @@ def parse_args(argv: Sequence | None = None) -> Namespace:
     p = Parser(__file__, __doc__.format(presets=describe_presets(PRESETS)), paper="fast")
     p.add_dataset()
     p.add_networks()
-    p.add_recipe(
-        batch_size="images of a step",
-        n_epochs="epochs of --epoch_itrs",
-        epoch_itrs="iterations of an epoch",
-        k="student steps of an iteration",
-        lr_S="learning rate of the student (SGD, momentum 0.9)",
-        weight_decay="of the student",
-        lr_G="learning rate of the generator (Adam)",
-        milestones="both learning rates x 0.1 at these fractions of the epochs",
-        nz="length of z",
-        kl="weight of KL",
-        at="weight of the attention maps' differences; 0 for networks whose stages differ",
-    )
-    p.add_argument(
-        "--keep_student_gradient", action="store_true", help="as published, difference 1 (default: it is cleared)"
-    )
-    p.add(PICTURES)
+    p.add_recipe(**RECIPE)
+    p.add(KEEP, PICTURES)
     p.add_run()
     args = p.parse_args(argv)
     return p.complete(args, preset_of(args.dataset, PRESETS))
@@ -101,14 +94,9 @@ def stage_outputs(network: nn.Module, wanted: bool = True) -> Iterator[list[Tens
 
 
 def generator_step(
-    z: Tensor,
-    generator: nn.Module,
-    teacher: nn.Module,
-    student: nn.Module,
-    optimizer_G: Optimizer,
-    args: Namespace,
+    z: Tensor, generator: nn.Module, teacher: nn.Module, student: nn.Module, optimizer_G: Optimizer, args: Namespace,
     autocast: Callable,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The generator looks for what the student believes otherwise; returns its loss (0-d) before the update.
 
     Args:
@@ -129,14 +117,9 @@ def generator_step(
 
 
 def student_step(
-    z: Tensor,
-    generator: nn.Module,
-    teacher: nn.Module,
-    student: nn.Module,
-    optimizer_S: Optimizer,
-    args: Namespace,
+    z: Tensor, generator: nn.Module, teacher: nn.Module, student: nn.Module, optimizer_S: Optimizer, args: Namespace,
     autocast: Callable,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """The student imitates; returns the weighted losses before the update. Arguments: `generator_step`'s, and at."""
     with autocast():
         with torch.no_grad(), stage_outputs(teacher, args.at > 0) as t_maps:

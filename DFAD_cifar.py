@@ -41,9 +41,8 @@ from datafree.losses import l1_loss
 from datafree.runtime import lr_at, make_optimizer, set_lr
 from datafree.session import Session
 
-# fmt: off
 CIFAR = dict(teacher="resnet34", student="resnet18", batch_size=256, n_epochs=500, epoch_itrs=50, k=5, lr_S=0.1,
-             lr_G=1e-3, optimizer_G="adam", weight_decay=5e-4, nz=256, milestones=[0.2, 0.4])
+             lr_G=1e-3, optimizer_G="adam", weight_decay=5e-4, nz=256, milestones=[0.2, 0.4])  # fmt: skip
 # 8 x 32 images; both learning rates x 0.1 at iterations 5000 and 10 000 of 25 000
 MMRAZOR = dict(batch_size=256, n_epochs=500, optimizer_G="adamw", lr_G=1e-3, milestones=[0.2, 0.4], scheduler=True)
 PRESETS = {"cifar10": CIFAR, "folder": CIFAR}
@@ -52,13 +51,12 @@ RECIPE = dict(
     k="student steps of an iteration", lr_S="learning rate of the student (SGD, momentum 0.9)",
     weight_decay="of the student", optimizer_G="of the generator", lr_G="learning rate of the generator",
     nz="length of z", milestones="with --scheduler: both learning rates x 0.1 at these fractions of the epochs",
-)
+)  # fmt: skip
 FLAGS = (
     ("--scheduler", "let both learning rates fall", dict(action="store_true")),
     ("--step_size", "with --scheduler: x 0.1 every N epochs instead", dict(type=count, metavar="N")),
     ("--keep_student_gradient", "as MMRazor, see above (default: it is cleared)", dict(action="store_true")),
 )
-# fmt: on
 
 
 def parse_args(

@@ -63,9 +63,8 @@ from datafree.run import Run
 from datafree.runtime import Runtime, lr_at, make_optimizer, set_lr
 from datafree.session import Session
 
-# fmt: off
 CIFAR = dict(num_select=600_000, batch_size=256, optimizer="sgd", lr=0.1, weight_decay=5e-4, milestones=[0.4, 0.8],
-             lr_Q=1e-3, T=4.0)
+             lr_Q=1e-3, T=4.0)  # fmt: skip
 CIFAR10 = CIFAR | dict(teacher="resnet34", student="resnet18")
 GREY = CIFAR | dict(num_select=20_000, optimizer="adam", lr=2e-3, weight_decay=0.0, n_epochs=30)
 PRESETS = {
@@ -88,14 +87,13 @@ FLAGS = (
      dict(type=number(float, 1e-9, 1), metavar="FRACTION")),
     ("--memory", "keep the selected images on the device up to this size, else decode them anew in each epoch "
      "(default: %(default)s)", dict(type=positive, default=4.0, metavar="GIB")),
-)
+)  # fmt: skip
 RECIPE = dict(
     num_select="wild images that teach", batch_size="images of an iteration",
     n_epochs="passes over the selected images", optimizer="of the student", lr="learning rate of the student",
     weight_decay="of the student", milestones="lr x 0.1 at these fractions of the epochs",
     lr_Q="learning rate of Q, by Adam", T="temperature of L_KD",
-)
-# fmt: on
+)  # fmt: skip
 HELD_OUT = 1000  # wild images at the most that score the student where there are no test images
 
 

@@ -45,9 +45,8 @@ from datafree.losses import attention_loss, kd_loss
 from datafree.runtime import lr_at, make_optimizer, set_lr
 from datafree.session import Session
 
-# fmt: off
 FOLDER = dict(batch_size=128, n_epochs=100, epoch_itrs=250, k=10, lr_S=0.1, weight_decay=5e-4, lr_G=1e-3,
-              milestones=[0.2, 0.4], nz=256, kl=2.0, at=250.0)
+              milestones=[0.2, 0.4], nz=256, kl=2.0, at=250.0)  # fmt: skip
 MNIST = FOLDER | dict(at=0.0)  # LeNet-5 has no stages
 PRESETS = {
     "cifar10": FOLDER | dict(teacher="resnet34", student="resnet18"),
@@ -61,9 +60,8 @@ RECIPE = dict(
     weight_decay="of the student", lr_G="learning rate of the generator (Adam)",
     milestones="both learning rates x 0.1 at these fractions of the epochs", nz="length of z", kl="weight of KL",
     at="weight of the attention maps' differences; 0 for networks whose stages differ",
-)
+)  # fmt: skip
 KEEP = ("--keep_student_gradient", "as published, difference 1 (default: it is cleared)", dict(action="store_true"))
-# fmt: on
 
 
 def parse_args(argv: Sequence | None = None) -> Namespace:

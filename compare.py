@@ -152,17 +152,16 @@ def minutes_of(row: Mapping) -> str:
 
 # The tables' columns, see `as_markdown`.
 VERDICTS = {k: itemgetter(i) for i, k in enumerate(("paper", "method", "data", "verdict", "best / published"))}
-# fmt: off
 SUMMARY = {
     "cell": "cell", "data": "dataset", "method": "method",
     "network": lambda r: r["teacher" if r["method"] == "Teacher" else "student"], "published": "paper", "last": "last",
     "best": "best", "s.e.": "standard_error", "mean": "mean", "n": "n", "differs": "differs",
-}
+}  # fmt: skip
 OTHERS = {
     "method": lambda r: r["runs"][0]["method"], "data": lambda r: r["runs"][0]["dataset"], "last": "last",
     "best": "best", "s.e.": "standard_error", "n": "n", "Acc(T)": "teacher_score",
     "command": lambda r: f"`{command_of(r['runs'][0])}`",
-}
+}  # fmt: skip
 FULL = {
     "cell": "cell", "data": "dataset", "method": "method", "teacher → student": "{teacher} → {student}".format_map,
     "verdict": "verdict", "published": "paper", "last": "last", "best": "best", "n": lambda r: str(r["n"] or ""),
@@ -170,15 +169,14 @@ FULL = {
     "Acc(S)": "scratch_score", "minutes (synthesis)": minutes_of, "hardware": "hardware",
     "differs": lambda r: r["differs"] or r["note"],
     "command": lambda r: f"`{r['command']}`" if r["command"] else "none",
-}
+}  # fmt: skip
 RUNS = {
     "run": lambda r: f"[{Path(r['file']).stem}]({r['file']})", "seed": "seed", "epochs": "epochs", "last": "last",
     "best (epoch)": lambda r: f"{figure_of(r['best'])} ({r['best_epoch']})", "mean": "mean", "variance": "variance",
     "s.e.": "standard_error", "Acc(T)": lambda r: figure_of(r.get("teacher_accuracy")),
     "teacher's weights": teacher_of, "precision": precision_of,
     "minutes": lambda r: figure_of(r["seconds"] / 60, digits=1), "hardware": "hardware", "commit": "commit",
-}
-# fmt: on
+}  # fmt: skip
 
 
 def coverage(rows: Sequence[dict]) -> str:

@@ -80,7 +80,6 @@ SMALL = {
     "imagenet": dict(batch_size=100, synthesis_batch_size=100),
     "folder": {},
 }
-# fmt: off
 OWN = (
     ("--cmi_init", "cmi: start from images inverted before: a run's folder, an .npz of --export_images, or any folder "
      "of images", dict(metavar="PATH")),
@@ -91,8 +90,7 @@ OWN = (
      dict(choices=("png", "npz"))),
     ("--save_dir", "where --export_images writes (default: <run folder>/images); by itself it means --export_images "
      "png", dict(metavar="DIR")),
-)
-# fmt: on
+)  # fmt: skip
 
 
 def preset_for(args: argparse.Namespace) -> dict:

@@ -313,9 +313,8 @@ def main(args: Namespace) -> dict:
     rows = select(found, args)
     args.n_epochs = args.n_epochs or max_epoch(len(rows)) - 1  # of --selection all
     report(s.run, split, found, rows, data.class_names)
-    memory, one_left = args.memory * 2**30, len(rows) % args.batch_size == 1  # would stop BatchNorm on a 1x1 map
-    images = split.take(rows).in_memory(memory).to(device)
-    batches = images.batches(args.batch_size, shuffle=True, device=device, drop_last=one_left)
+    memory = args.memory * 2**30
+    batches = split.take(rows).in_memory(memory).to(device).shuffled(args.batch_size)
     if data.test is None:
         unseen = split.take(not_selected(found, rows)).in_memory(memory).to(device)
         s.unseen = lambda: (transform(x) for x, _ in unseen.batches(250, device=device))

@@ -105,8 +105,7 @@ def main(args: argparse.Namespace) -> dict:
         checkpoint.load_weights(s.student, fetch(args.model), f"torchvision's {PRETRAINED[args.model]}", args.model)
         batches, images = (), "pretrained"
     else:
-        one_left = len(s.data.train) % args.batch_size == 1  # would stop BatchNorm on a 1x1 map
-        batches = s.data.train.batches(args.batch_size, shuffle=True, device=s.runtime.device, drop_last=one_left)
+        batches = s.data.train.shuffled(args.batch_size)
         images = f"recipe {args.recipe}, {len(s.data.train)} training images"
     checkpoint.check_writable(target.parent, "--checkpoints")
     optimizer = make_optimizer(args.optimizer, s.student.parameters(), args.lr, args.weight_decay)

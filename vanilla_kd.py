@@ -134,9 +134,7 @@ def main(args: Namespace) -> dict:
             where = args.transfer_set, args.transfer_root or args.data_root
             images, fingerprint = get_wild(*where, data.img_size, data.channels)
             facts = {"transfer_images": len(images), "transfer_fingerprint": fingerprint}
-        images = images.in_memory(IN_MEMORY).to(device)
-        one_left = len(images) % args.batch_size == 1  # would stop BatchNorm on a 1x1 map
-        batches = images.batches(args.batch_size, shuffle=True, device=device, drop_last=one_left)
+        batches = images.in_memory(IN_MEMORY).to(device).shuffled(args.batch_size)
     optimizer = make_optimizer(args.optimizer, s.student.parameters(), args.lr, args.weight_decay)
     for epoch in s.epochs(len(batches), args.batch_size, student=s.student, optimizer=optimizer):
         set_lr(optimizer, lr_at(epoch, args.lr, args.n_epochs, args.milestones))

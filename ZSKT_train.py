@@ -31,7 +31,7 @@ import datafree.interrupt  # noqa: F401
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -83,12 +83,10 @@ def stage_outputs(network: nn.Module, wanted: bool = True) -> Iterator[list[Tens
     """
     stages = [m for name, m in network.named_children() if wanted and re.fullmatch(r"(layer|block)\d", name)]
     maps = []
-    handles = [m.register_forward_hook(lambda _module, _given, y: maps.append(y)) for m in stages]
-    try:
+    with ExitStack() as handles:
+        for stage in stages:
+            handles.enter_context(stage.register_forward_hook(lambda _module, _given, y: maps.append(y)))
         yield maps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def generator_step(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from data import DATASETS, SOURCES, TEST_SETS, DataError
+from data.splits import printable
 from datafree.errors import TimeLimit, UsageError
 from datafree.teachers import recipe_for, weights_of
 from models import MODELS, agree_on_size
@@ -43,7 +44,7 @@ def number(kind: type, low: float, high: float = 10**9) -> Callable:
 
 def one_line(message: object) -> str:
     """A message as one line of at most 2000 characters, with what cannot be printed as its code."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(message).split()))
+    text = printable(" ".join(str(message).split()))
     return text if len(text) <= 2000 else f"{text[:998]} ... {text[-997:]}"
 
 

@@ -131,13 +131,9 @@ def lr_fall(epoch: int, args: Namespace) -> float:
 
 
 def train_epoch(
-    epoch: int,
-    s: Session,
-    generator: nn.Module,
-    optimizer_S: Optimizer,
-    optimizer_G: Optimizer,
+    epoch: int, s: Session, generator: nn.Module, optimizer_S: Optimizer, optimizer_G: Optimizer,
     log_space: bool = False,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """args.epoch_itrs iterations; returns the mean of both losses. As published, S stays in train mode throughout."""
     args, autocast = s.args, s.runtime.autocast
     networks = generator.train(), s.folded_teacher, s.student.train()

@@ -117,6 +117,14 @@ def measured(runs: Sequence[dict]) -> dict:
     return row | {key: ", ".join(sorted({r[key] for r in runs})) for key in ("precision", "hardware")}
 
 
+def scratch_score(cell: papers.Cell, records: Sequence[dict]) -> float | None:
+    """The mean best score of a cell's student when it is trained on the data itself, by the longest such runs."""
+    found = [r for r in records if r["script"].startswith("teacher_train") and r["dataset"] == cell.dataset]
+    found = [r for r in found if r["args"]["model"] == cell.student]
+    longest = max((r["epochs"] for r in found), default=None)
+    return mean_std(r["best"] for r in found if r["epochs"] == longest)[0]
+
+
 def collect(records: Sequence[dict]) -> tuple[list[dict], list[list[dict]]]:
     """One row (COLUMNS and "runs") for each cell and way of running it; the runs of no cell, other seeds together."""
     rows = []
@@ -128,12 +136,8 @@ def collect(records: Sequence[dict]) -> tuple[list[dict], list[list[dict]]]:
             command=cell.command, n=0, runs=(), note=cell.reason,
         )  # fmt: skip
         found = papers.runs_of(cell, records)
-        scratch = [r for r in records if r["script"].startswith("teacher_train") and r["dataset"] == cell.dataset
-                   and r["args"]["model"] == cell.student]  # fmt: skip
-        longest = max((r["epochs"] for r in scratch), default=None)
-        score, _ = mean_std(r["best"] for r in scratch if r["epochs"] == longest)
         for differs, runs in found.items():
-            row = common | measured(runs) | dict(differs=differs, scratch_score=score)
+            row = common | measured(runs) | dict(differs=differs, scratch_score=scratch_score(cell, records))
             rows.append(row | dict(best_minus_paper=None if cell.value is None else row["best"] - cell.value))
         rows += [] if found else [common]
     used, others = {r["file"] for row in rows for r in row["runs"]}, {}

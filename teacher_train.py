@@ -50,14 +50,12 @@ def parse_args(argv: Sequence | None = None) -> argparse.Namespace:
     p.add_argument("--recipe", choices=sorted(RECIPES), help="(default: the published one)")
     text = f"train nothing: take torchvision's IMAGENET1K_V1 weights of {', '.join(PRETRAINED)}"
     p.add_argument("--pretrained", action="store_true", help=text)
-    # fmt: off
     p.add_recipe(
         optimizer="its name", lr="learning rate, at first", weight_decay="of the optimiser",
         batch_size="images of an iteration", n_epochs="passes over the training images",
         schedule="of the learning rate: steps at --milestones, or cosine to 0",
         milestones="of steps: lr x gamma at these fractions of the epochs", gamma="of steps",
-    )
-    # fmt: on
+    )  # fmt: skip
     p.add_run()
     args = p.parse_args(argv)
     args.model = args.model or SOURCES[args.dataset].pair[0]

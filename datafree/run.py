@@ -350,15 +350,13 @@ class Run:
         together = {
             k: " then ".join(dict.fromkeys(str(p[k]) for p in pieces)) for k in ("precision", "hardware", "commit")
         }
-        # fmt: off
         result = {
             "name": self.name, "script": self.args.script, "score": self.score, "last": self.percent,
             "best": self.best_score, "best_epoch": self.best_epoch, "epochs": self.next_epoch,
             "mean": statistics.fmean(scores), "variance": statistics.pvariance(scores), **facts,
             "seconds": round(self.seconds(), 1), "seed": self.args.seed, **together, "command": self.args.command,
             "versions": pieces[-1]["versions"], "pieces": pieces, "args": self.flags,
-        }
-        # fmt: on
+        }  # fmt: skip
         checkpoint.write_json(self.folder / "result.json", result)
         LOCKS[self.folder].release(force=True)
         scores = f"last {self.percent:.2f} %, best {self.best_score:.2f} % (epoch {self.best_epoch})"

@@ -59,9 +59,9 @@ from models import set_folded
 
 MNIST = dict(batch_size=512, n_epochs=200, iterations=120, optimizer_G="adam", lr_G=0.2, optimizer_S="adam",
              lr_S=2e-3, weight_decay=0.0, milestones=[], warmup=0, nz=100, oh=1.0, ie=5.0, a=0.1, T=1.0)  # fmt: skip
-CIFAR10 = MNIST | dict(teacher="resnet34", student="resnet18", batch_size=1024, n_epochs=2000, lr_G=0.02, lr_S=0.1,
-                       optimizer_S="sgd", weight_decay=5e-4, milestones=[0.4, 0.8], nz=1000, oh=0.05,
-                       a=0.01)  # fmt: skip
+CIFAR10 = MNIST | dict(teacher="resnet34", student="resnet18", batch_size=1024, n_epochs=2000, lr_G=0.02,
+                       optimizer_S="sgd", lr_S=0.1, weight_decay=5e-4, milestones=[0.4, 0.8],
+                       nz=1000, oh=0.05, a=0.01)  # fmt: skip
 IMAGENET = CIFAR10 | dict(teacher="resnet50_imagenet", student="resnet18_imagenet", batch_size=64)
 PRESETS = {
     "mnist": MNIST | dict(precision="fp32"),

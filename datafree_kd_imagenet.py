@@ -63,12 +63,9 @@ from datafree_kd import check_rounds, distill, make_images, make_synthesizer
 PRESETS = {"resnet18_imagenet": IMAGENET | dict(adv=1.0), "other students": IMAGENET}
 SAVE_ROUNDS = 100  # of the first phase between checkpoints
 AREA = 0.75  # the least share of an image that a crop keeps
-POOL_SIZE = (
-    "--pool_size",
-    "images of the pool that stay on the device, 0.15 MB each at 224 pixels, the others wait in the host's memory "
-    "(default: %(default)s)",
-    dict(type=number(int, 0), default=100_000, metavar="N"),
-)
+POOL_SIZE = ("--pool_size", "images of the pool that stay on the device, 0.15 MB each at 224 pixels, the others wait "
+             "in the host's memory (default: %(default)s)",
+             dict(type=number(int, 0), default=100_000, metavar="N"))  # fmt: skip
 
 
 def parse_args(argv: Sequence | None = None) -> Namespace:

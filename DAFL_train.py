@@ -58,11 +58,11 @@ from datafree.runtime import lr_at, make_optimizer, set_lr
 from datafree.session import Session
 from models import set_folded
 
-# fmt: off
 MNIST = dict(batch_size=512, n_epochs=200, iterations=120, optimizer_G="adam", lr_G=0.2, optimizer_S="adam",
-             lr_S=2e-3, weight_decay=0.0, milestones=[], warmup=0, nz=100, oh=1.0, ie=5.0, a=0.1, T=1.0)
+             lr_S=2e-3, weight_decay=0.0, milestones=[], warmup=0, nz=100, oh=1.0, ie=5.0, a=0.1, T=1.0)  # fmt: skip
 CIFAR10 = MNIST | dict(teacher="resnet34", student="resnet18", batch_size=1024, n_epochs=2000, lr_G=0.02,
-                       optimizer_S="sgd", lr_S=0.1, weight_decay=5e-4, milestones=[0.4, 0.8], nz=1000, oh=0.05, a=0.01)
+                       optimizer_S="sgd", lr_S=0.1, weight_decay=5e-4, milestones=[0.4, 0.8],
+                       nz=1000, oh=0.05, a=0.01)  # fmt: skip
 IMAGENET = CIFAR10 | dict(teacher="resnet50_imagenet", student="resnet18_imagenet", batch_size=64)
 PRESETS = {
     "mnist": MNIST | dict(precision="fp32"),
@@ -75,38 +75,23 @@ PRESETS = {
     "folder": CIFAR10,
 }
 MMRAZOR = dict(batch_size=2048, n_epochs=250, optimizer_G="adamw", lr_G=1e-3, optimizer_S="adamw", lr_S=0.1,
-               weight_decay=0.01, milestones=[0.4, 0.8], warmup=500, T=6.0)
-# fmt: on
+               weight_decay=0.01, milestones=[0.4, 0.8], warmup=500, T=6.0)  # fmt: skip
+RECIPE = dict(
+    batch_size="images of an iteration", n_epochs="epochs of --iterations", optimizer_G="of the generator",
+    lr_G="learning rate of the generator", optimizer_S="of the student", lr_S="learning rate of the student",
+    weight_decay="of the student", milestones="lr_S x 0.1 at these fractions of the epochs",
+    warmup="iterations with a linearly rising learning rate", nz="length of z", oh="weight of L_oh",
+    ie="weight of L_ie", a="weight of L_a", T="temperature of L_KD", iterations="of an epoch",
+)  # fmt: skip
 
 
 def parse_args(argv: Sequence | None = None) -> Namespace:
-    p = Parser(
-        __file__,
-        __doc__.format(presets=describe_presets(PRESETS), mmrazor=describe_presets({"mmrazor": MMRAZOR})),
-        paper="dafl",
-    )
+    presets, mmrazor = describe_presets(PRESETS), describe_presets({"mmrazor": MMRAZOR})
+    p = Parser(__file__, __doc__.format(presets=presets, mmrazor=mmrazor), paper="dafl")
     p.add_dataset()
     p.add_networks()
-    p.add_argument(
-        "--variant", choices=("dafl", "mmrazor"), default="dafl", help="whose setting (default: %(default)s)"
-    )
-    p.add_recipe(
-        batch_size="images of an iteration",
-        n_epochs="epochs of --iterations",
-        optimizer_G="of the generator",
-        lr_G="learning rate of the generator",
-        optimizer_S="of the student",
-        lr_S="learning rate of the student",
-        weight_decay="of the student",
-        milestones="lr_S x 0.1 at these fractions of the epochs",
-        warmup="iterations with a linearly rising learning rate",
-        nz="length of z",
-        oh="weight of L_oh",
-        ie="weight of L_ie",
-        a="weight of L_a",
-        T="temperature of L_KD",
-        iterations="of an epoch",
-    )
+    p.add(("--variant", "whose setting (default: %(default)s)", dict(choices=("dafl", "mmrazor"), default="dafl")))
+    p.add_recipe(**RECIPE)
     p.add_argument("--ie_log", choices=("10", "e"), default="10", help="base of L_ie's logarithm (default: 10)")
     p.add_argument("--as_published", action="store_true", help="with --variant mmrazor: difference 5 is none")
     p.add_argument("--unfolded", action="store_true", help="run upsampling and convolution apart, as published")

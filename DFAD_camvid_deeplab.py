@@ -25,11 +25,9 @@ from datafree.plots import side_by_side
 from datafree.session import Session
 from models import SEGMENTERS
 
-# fmt: off
 PRESET = dict(dataset="camvid", teacher="deeplabv3_resnet50", student="deeplabv3_mobilenet", batch_size=64,
               n_epochs=300, epoch_itrs=50, k=5, lr_S=0.1, lr_G=1e-3, optimizer_G="adam", weight_decay=5e-4, nz=256,
-              milestones=[1 / 3, 2 / 3], img_size=128)
-# fmt: on
+              milestones=[1 / 3, 2 / 3], img_size=128)  # fmt: skip
 
 
 def parse_args(
@@ -39,7 +37,8 @@ def parse_args(
     p = Parser(script, docstring.format(presets=describe_presets({preset["dataset"]: preset})), paper="dfad")
     p.set_defaults(dataset=preset["dataset"])
     p.add_networks(SEGMENTERS)
-    DFAD_cifar.add_flags(p)
+    p.add_recipe(**DFAD_cifar.RECIPE)
+    p.add(*DFAD_cifar.FLAGS)
     p.add_argument("--img_size", type=number(int, 16), help="side of the generated images (default: see above)")
     text = "at the end write N test images (all without a number) beside ground truth, teacher's and student's classes"
     p.add_argument("--save_img", type=number(int, 0), nargs="?", const=10**9, default=0, metavar="N", help=text)

@@ -42,57 +42,40 @@ from datafree.losses import l1_loss
 from datafree.runtime import lr_at, make_optimizer, set_lr
 from datafree.session import Session
 
-# fmt: off
 CIFAR = dict(teacher="resnet34", student="resnet18", batch_size=256, n_epochs=500, epoch_itrs=50, k=5, lr_S=0.1,
-             lr_G=1e-3, optimizer_G="adam", weight_decay=5e-4, nz=256, milestones=[0.2, 0.4])
+             lr_G=1e-3, optimizer_G="adam", weight_decay=5e-4, nz=256, milestones=[0.2, 0.4])  # fmt: skip
 # 8 x 32 images; both learning rates x 0.1 at iterations 5000 and 10 000 of 25 000
 MMRAZOR = dict(batch_size=256, n_epochs=500, optimizer_G="adamw", lr_G=1e-3, milestones=[0.2, 0.4], scheduler=True)
-# fmt: on
 PRESETS = {"cifar10": CIFAR, "folder": CIFAR}
+RECIPE = dict(
+    batch_size="images of a step", n_epochs="epochs of --epoch_itrs", epoch_itrs="iterations of an epoch",
+    k="student steps of an iteration", lr_S="learning rate of the student (SGD, momentum 0.9)",
+    weight_decay="of the student", optimizer_G="of the generator", lr_G="learning rate of the generator",
+    nz="length of z", milestones="with --scheduler: both learning rates x 0.1 at these fractions of the epochs",
+)  # fmt: skip
+FLAGS = (
+    ("--scheduler", "let both learning rates fall", dict(action="store_true")),
+    ("--step_size", "with --scheduler: x 0.1 every N epochs instead", dict(type=count, metavar="N")),
+    ("--keep_student_gradient", "as MMRazor, see above (default: it is cleared)", dict(action="store_true")),
+)
 
 
 def parse_args(
-    argv: Sequence | None = None,
-    script: str = __file__,
-    docstring: str = __doc__,
-    presets: Mapping[str, dict] = PRESETS,
+    argv: Sequence | None = None, script: str = __file__, docstring: str = __doc__, presets: Mapping = PRESETS
 ) -> Namespace:
     """The command line; the doors to this script give their own file, docstring and presets, the default first."""
     p = Parser(script, docstring.format(presets=describe_presets(presets)), paper="dfad")
     p.add_dataset(default=next(iter(presets)))
     p.add_networks()
-    p.add_argument(
-        "--variant", choices=("dfad", "mmrazor"), default="dfad", help="whose setting (default: %(default)s)"
-    )
-    add_flags(p)
-    p.add(PICTURES)
+    p.add(("--variant", "whose setting (default: %(default)s)", dict(choices=("dfad", "mmrazor"), default="dfad")))
+    p.add_recipe(**RECIPE)
+    p.add(*FLAGS, PICTURES)
     p.add_run()
     args = p.parse_args(argv)
     first = next(iter(presets.values()))
     preset = preset_of(args.dataset, {"folder": first} | presets) | (MMRAZOR if args.variant == "mmrazor" else {})
     args.scheduler |= args.variant == "mmrazor"
     return p.complete(args, preset)
-
-
-def add_flags(p: Parser) -> None:
-    """The flags of the published scripts."""
-    p.add_recipe(
-        batch_size="images of a step",
-        n_epochs="epochs of --epoch_itrs",
-        epoch_itrs="iterations of an epoch",
-        k="student steps of an iteration",
-        lr_S="learning rate of the student (SGD, momentum 0.9)",
-        weight_decay="of the student",
-        optimizer_G="of the generator",
-        lr_G="learning rate of the generator",
-        nz="length of z",
-        milestones="with --scheduler: both learning rates x 0.1 at these fractions of the epochs",
-    )
-    p.add_argument("--scheduler", action="store_true", help="let both learning rates fall")
-    p.add_argument("--step_size", type=count, metavar="N", help="with --scheduler: x 0.1 every N epochs instead")
-    p.add_argument(
-        "--keep_student_gradient", action="store_true", help="as MMRazor, see above (default: it is cleared)"
-    )
 
 
 def student_step(
@@ -117,15 +100,9 @@ def student_step(
 
 
 def generator_step(
-    z: Tensor,
-    generator: nn.Module,
-    teacher: nn.Module,
-    student: nn.Module,
-    optimizer_G: Optimizer,
-    autocast: Callable,
-    log_space: bool = False,
-    keep_student_gradient: bool = False,
-) -> Tensor:
+    z: Tensor, generator: nn.Module, teacher: nn.Module, student: nn.Module, optimizer_G: Optimizer,
+    autocast: Callable, log_space: bool = False, keep_student_gradient: bool = False,
+) -> Tensor:  # fmt: skip
     """The generator looks for what the student cannot do yet: max_G E_z |T(G(z)) - S(G(z))|.
 
     Args:
@@ -155,13 +132,9 @@ def lr_fall(epoch: int, args: Namespace) -> float:
 
 
 def train_epoch(
-    epoch: int,
-    s: Session,
-    generator: nn.Module,
-    optimizer_S: Optimizer,
-    optimizer_G: Optimizer,
+    epoch: int, s: Session, generator: nn.Module, optimizer_S: Optimizer, optimizer_G: Optimizer,
     log_space: bool = False,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """args.epoch_itrs iterations; returns the mean of both losses. As published, S stays in train mode throughout."""
     args, autocast = s.args, s.runtime.autocast
     networks = generator.train(), s.folded_teacher, s.student.train()

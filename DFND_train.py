@@ -56,7 +56,7 @@ from data import DATASETS, FileSplit, TensorSplit, get_wild, imagenet_statistics
 from datafree import checkpoint
 from datafree.augment import Transform
 from datafree.cli import Parser, cli, describe_presets, number, path_word, positive
-from datafree.distributed import apart, from_first, gather, total, turns
+from datafree.distributed import apart, from_first, gather, share, total, turns
 from datafree.errors import UsageError
 from datafree.losses import at_least_float32, kd_loss
 from datafree.resume import ANYTHING, difference
@@ -64,9 +64,8 @@ from datafree.run import Run
 from datafree.runtime import Runtime, lr_at, make_optimizer, set_lr
 from datafree.session import Session
 
-# fmt: off
 CIFAR = dict(num_select=600_000, batch_size=256, optimizer="sgd", lr=0.1, weight_decay=5e-4, milestones=[0.4, 0.8],
-             lr_Q=1e-3, T=4.0)
+             lr_Q=1e-3, T=4.0)  # fmt: skip
 CIFAR10 = CIFAR | dict(teacher="resnet34", student="resnet18")
 GREY = CIFAR | dict(num_select=20_000, optimizer="adam", lr=2e-3, weight_decay=0.0, n_epochs=30)
 PRESETS = {
@@ -89,14 +88,13 @@ FLAGS = (
      dict(type=number(float, 1e-9, 1), metavar="FRACTION")),
     ("--memory", "keep the selected images on the device up to this size, else decode them anew in each epoch "
      "(default: %(default)s)", dict(type=positive, default=4.0, metavar="GIB")),
-)
+)  # fmt: skip
 RECIPE = dict(
     num_select="wild images that teach", batch_size="images of an iteration",
     n_epochs="passes over the selected images", optimizer="of the student", lr="learning rate of the student",
     weight_decay="of the student", milestones="lr x 0.1 at these fractions of the epochs",
     lr_Q="learning rate of Q, by Adam", T="temperature of L_KD",
-)
-# fmt: on
+)  # fmt: skip
 HELD_OUT = 1000  # wild images at the most that score the student where there are no test images
 
 
@@ -324,7 +322,7 @@ def main(args: Namespace) -> dict:
     args.n_epochs = args.n_epochs or max_epoch(len(rows)) - 1  # of --selection all
     report(s.run, split, found, rows, data.class_names)
     memory = args.memory * 2**30
-    batches = s.batches(split.take(rows).in_memory(memory).to(device))
+    batches = split.take(rows).in_memory(memory).to(device).shuffled(args.batch_size, share)
     if data.test is None:
         unseen = split.take(not_selected(found, rows)).in_memory(memory).to(device)
         s.unseen = lambda: (transform(x) for x, _ in unseen.batches(250, device=device))

@@ -31,7 +31,7 @@ import datafree.interrupt  # noqa: F401
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +46,8 @@ from datafree.losses import attention_loss, kd_loss
 from datafree.runtime import lr_at, make_optimizer, set_lr
 from datafree.session import Session
 
-# fmt: off
 FOLDER = dict(batch_size=128, n_epochs=100, epoch_itrs=250, k=10, lr_S=0.1, weight_decay=5e-4, lr_G=1e-3,
-              milestones=[0.2, 0.4], nz=256, kl=2.0, at=250.0)
+              milestones=[0.2, 0.4], nz=256, kl=2.0, at=250.0)  # fmt: skip
 MNIST = FOLDER | dict(at=0.0)  # LeNet-5 has no stages
 PRESETS = {
     "cifar10": FOLDER | dict(teacher="resnet34", student="resnet18"),
@@ -56,30 +55,22 @@ PRESETS = {
     "digits": MNIST | dict(batch_size=64, n_epochs=6, epoch_itrs=10, milestones=[0.6, 0.85], nz=100),
     "folder": FOLDER,
 }
-# fmt: on
+RECIPE = dict(
+    batch_size="images of a step", n_epochs="epochs of --epoch_itrs", epoch_itrs="iterations of an epoch",
+    k="student steps of an iteration", lr_S="learning rate of the student (SGD, momentum 0.9)",
+    weight_decay="of the student", lr_G="learning rate of the generator (Adam)",
+    milestones="both learning rates x 0.1 at these fractions of the epochs", nz="length of z", kl="weight of KL",
+    at="weight of the attention maps' differences; 0 for networks whose stages differ",
+)  # fmt: skip
+KEEP = ("--keep_student_gradient", "as published, difference 1 (default: it is cleared)", dict(action="store_true"))
 
 
 def parse_args(argv: Sequence | None = None) -> Namespace:
     p = Parser(__file__, __doc__.format(presets=describe_presets(PRESETS)), paper="fast")
     p.add_dataset()
     p.add_networks()
-    p.add_recipe(
-        batch_size="images of a step",
-        n_epochs="epochs of --epoch_itrs",
-        epoch_itrs="iterations of an epoch",
-        k="student steps of an iteration",
-        lr_S="learning rate of the student (SGD, momentum 0.9)",
-        weight_decay="of the student",
-        lr_G="learning rate of the generator (Adam)",
-        milestones="both learning rates x 0.1 at these fractions of the epochs",
-        nz="length of z",
-        kl="weight of KL",
-        at="weight of the attention maps' differences; 0 for networks whose stages differ",
-    )
-    p.add_argument(
-        "--keep_student_gradient", action="store_true", help="as published, difference 1 (default: it is cleared)"
-    )
-    p.add(PICTURES)
+    p.add_recipe(**RECIPE)
+    p.add(KEEP, PICTURES)
     p.add_run()
     args = p.parse_args(argv)
     return p.complete(args, preset_of(args.dataset, PRESETS))
@@ -93,23 +84,16 @@ def stage_outputs(network: nn.Module, wanted: bool = True) -> Iterator[list[Tens
     """
     stages = [m for name, m in network.named_children() if wanted and re.fullmatch(r"(layer|block)\d", name)]
     maps = []
-    handles = [m.register_forward_hook(lambda _module, _given, y: maps.append(y)) for m in stages]
-    try:
+    with ExitStack() as handles:
+        for stage in stages:
+            handles.enter_context(stage.register_forward_hook(lambda _module, _given, y: maps.append(y)))
         yield maps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def generator_step(
-    z: Tensor,
-    generator: nn.Module,
-    teacher: nn.Module,
-    student: nn.Module,
-    optimizer_G: Optimizer,
-    args: Namespace,
+    z: Tensor, generator: nn.Module, teacher: nn.Module, student: nn.Module, optimizer_G: Optimizer, args: Namespace,
     autocast: Callable,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The generator looks for what the student believes otherwise; returns its loss (0-d) before the update.
 
     Args:
@@ -130,14 +114,9 @@ def generator_step(
 
 
 def student_step(
-    z: Tensor,
-    generator: nn.Module,
-    teacher: nn.Module,
-    student: nn.Module,
-    optimizer_S: Optimizer,
-    args: Namespace,
+    z: Tensor, generator: nn.Module, teacher: nn.Module, student: nn.Module, optimizer_S: Optimizer, args: Namespace,
     autocast: Callable,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """The student imitates; returns the weighted losses before the update. Arguments: `generator_step`'s, and at."""
     with autocast():
         with torch.no_grad(), stage_outputs(teacher, args.at > 0) as t_maps:

@@ -115,7 +115,6 @@ class Way:
             self.folded_teacher = fold_batch_norm(self.teacher) if self.ours else self.teacher
             for network in {self.teacher, self.folded_teacher}:
                 distributed.join(network)
-        distributed.synchronize(self.student)
         distributed.join(self.student)
 
     def _place(self, name: str) -> nn.Module:

@@ -54,7 +54,7 @@ class Group:
 def start(args: Namespace, threads: int) -> None:
     """In a process: meet the others, and make our way's networks."""
     torch.set_num_threads(threads)
-    distributed.begin()
+    distributed.meet()
     bench.start_process("ours", args)
 
 

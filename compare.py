@@ -15,27 +15,21 @@ report, last is what one gets; scores are in percent, mIoU too.
 import datafree.interrupt  # noqa: F401
 
 import ast
-import csv
-import io
 import json
 import re
-import shlex
 import statistics
 import sys
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
 
 import papers
 from datafree.cli import FREE, Parser, cli
 from datafree.errors import UsageError
-from datafree.plots import plot_accuracy
-from datafree.records import read_records
+from datafree.plots import plot_accuracy, plot_points
+from datafree.records import command_of, precision_of, read_records, teacher_of
+from datafree.tables import as_csv, as_markdown, figure_of
 
 ROOT = Path(__file__).resolve().parent
 MARKS = "<!-- results -->", "<!-- /results -->"
@@ -123,6 +117,14 @@ def measured(runs: Sequence[dict]) -> dict:
     return row | {key: ", ".join(sorted({r[key] for r in runs})) for key in ("precision", "hardware")}
 
 
+def scratch_score(cell: papers.Cell, records: Sequence[dict]) -> float | None:
+    """The mean best score of a cell's student when it is trained on the data itself, by the longest such runs."""
+    found = [r for r in records if r["script"].startswith("teacher_train") and r["dataset"] == cell.dataset]
+    found = [r for r in found if r["args"]["model"] == cell.student]
+    longest = max((r["epochs"] for r in found), default=None)
+    return mean_std(r["best"] for r in found if r["epochs"] == longest)[0]
+
+
 def collect(records: Sequence[dict]) -> tuple[list[dict], list[list[dict]]]:
     """One row (COLUMNS and "runs") for each cell and way of running it; the runs of no cell, other seeds together."""
     rows = []
@@ -134,12 +136,8 @@ def collect(records: Sequence[dict]) -> tuple[list[dict], list[list[dict]]]:
             command=cell.command, n=0, runs=(), note=cell.reason,
         )  # fmt: skip
         found = papers.runs_of(cell, records)
-        scratch = [r for r in records if r["script"].startswith("teacher_train") and r["dataset"] == cell.dataset
-                   and r["args"]["model"] == cell.student]  # fmt: skip
-        longest = max((r["epochs"] for r in scratch), default=None)
-        score, _ = mean_std(r["best"] for r in scratch if r["epochs"] == longest)
         for differs, runs in found.items():
-            row = common | measured(runs) | dict(differs=differs, scratch_score=score)
+            row = common | measured(runs) | dict(differs=differs, scratch_score=scratch_score(cell, records))
             rows.append(row | dict(best_minus_paper=None if cell.value is None else row["best"] - cell.value))
         rows += [] if found else [common]
     used, others = {r["file"] for row in rows for r in row["runs"]}, {}
@@ -150,43 +148,24 @@ def collect(records: Sequence[dict]) -> tuple[list[dict], list[list[dict]]]:
     return rows, list(others.values())
 
 
-def figure_of(value: float | str | None, std: float | None = None, digits: int = 2, sign: str = "") -> str:
-    """A number for a table: '97.90 ± 0.20', or nothing; counts and words as they are."""
-    text = f"{value:{sign}.{digits}f}" if isinstance(value, float) else "" if value is None else str(value)
-    return text if std is None else f"{text} ± {std:.{digits}f}"
-
-
 def minutes_of(row: Mapping) -> str:
     """Minutes of a row's runs, those of synthesis in brackets."""
     synthesis = figure_of(row["synthesis_minutes"], digits=1)
     return figure_of(row["minutes"], digits=1) + (f" ({synthesis})" if synthesis else "")
 
 
-def teacher_of(record: Mapping) -> str:
-    """The file of a run's teacher, and its recipe."""
-    weights = record.get("teacher_weights")
-    return f"{weights['file']} ({weights.get('recipe') or 'no recipe'})" if weights else ""
-
-
-def precision_of(record: Mapping) -> str:
-    """A run's precision, piece by piece if there are several."""
-    pieces = [f"{p['epochs'][0]}-{p['epochs'][1]} {p['precision']}" for p in record["pieces"] or ()]
-    return ", ".join(pieces) if len(pieces) > 1 else record["precision"]
-
-
-# The tables: heading -> the key of a number (with its deviation in KEY_std) or a text, or what makes one of a row.
+# The tables' columns, see `as_markdown`.
 VERDICTS = {k: itemgetter(i) for i, k in enumerate(("paper", "method", "data", "verdict", "best / published"))}
-# fmt: off
 SUMMARY = {
     "cell": "cell", "data": "dataset", "method": "method",
     "network": lambda r: r["teacher" if r["method"] == "Teacher" else "student"], "published": "paper", "last": "last",
     "best": "best", "s.e.": "standard_error", "mean": "mean", "n": "n", "differs": "differs",
-}
+}  # fmt: skip
 OTHERS = {
     "method": lambda r: r["runs"][0]["method"], "data": lambda r: r["runs"][0]["dataset"], "last": "last",
     "best": "best", "s.e.": "standard_error", "n": "n", "Acc(T)": "teacher_score",
-    "command": lambda r: f"`{short_command(r['runs'][0])}`",
-}
+    "command": lambda r: f"`{command_of(r['runs'][0])}`",
+}  # fmt: skip
 FULL = {
     "cell": "cell", "data": "dataset", "method": "method", "teacher → student": "{teacher} → {student}".format_map,
     "verdict": "verdict", "published": "paper", "last": "last", "best": "best", "n": lambda r: str(r["n"] or ""),
@@ -194,37 +173,19 @@ FULL = {
     "Acc(S)": "scratch_score", "minutes (synthesis)": minutes_of, "hardware": "hardware",
     "differs": lambda r: r["differs"] or r["note"],
     "command": lambda r: f"`{r['command']}`" if r["command"] else "none",
-}
+}  # fmt: skip
 RUNS = {
     "run": lambda r: f"[{Path(r['file']).stem}]({r['file']})", "seed": "seed", "epochs": "epochs", "last": "last",
     "best (epoch)": lambda r: f"{figure_of(r['best'])} ({r['best_epoch']})", "mean": "mean", "variance": "variance",
     "s.e.": "standard_error", "Acc(T)": lambda r: figure_of(r.get("teacher_accuracy")),
     "teacher's weights": teacher_of, "precision": precision_of,
     "minutes": lambda r: figure_of(r["seconds"] / 60, digits=1), "hardware": "hardware", "commit": "commit",
-}
-# fmt: on
-
-
-def table(columns: Mapping[str, str | Callable[[Any], str]], rows: Iterable) -> str:
-    """A Markdown table of rows."""
-    lines = [[c(r) if callable(c) else figure_of(r[c], r.get(f"{c}_std")) for c in columns.values()] for r in rows]
-    rule = "|" + "---|" * len(columns)
-    return "\n".join([f"| {' | '.join(columns)} |", rule, *(f"| {' | '.join(line)} |" for line in lines), ""])
+}  # fmt: skip
 
 
 def coverage(rows: Sequence[dict]) -> str:
     """'14 of 220 published cells': those with runs."""
     return f"{len({r['cell'] for r in rows if r['n']})} of {len({r['cell'] for r in rows})} published cells"
-
-
-def short_command(record: Mapping) -> str:
-    """A run's command without the flags that do not matter, and the seed."""
-    kept, keep = [], True
-    for word in shlex.split(record["command"]):
-        if word.startswith("--"):
-            keep = word.lstrip("-").split("=")[0] not in FREE | {"seed"}
-        kept += [word] if keep else []
-    return shlex.join(kept)
 
 
 def verdicts(rows: Sequence[dict]) -> list[tuple[str, ...]]:
@@ -248,18 +209,11 @@ def verdicts(rows: Sequence[dict]) -> list[tuple[str, ...]]:
 
 def markdown(rows: Sequence[dict], others: Sequence[Sequence[dict]]) -> str:
     """RESULTS.md as text."""
-    pages, summary = ", ".join(f"[{p}](results/{p}.md)" for p in PAGES), table(VERDICTS, verdicts(rows))
-    lines = table(SUMMARY, [r for r in rows if r["n"]])
+    pages, summary = ", ".join(f"[{p}](results/{p}.md)" for p in PAGES), as_markdown(VERDICTS, verdicts(rows))
+    lines = as_markdown(SUMMARY, [r for r in rows if r["n"]])
     text = TOP.format(coverage=coverage(rows), pages=pages, rule=RULE, verdicts=summary, measured=lines)
-    rest = f"## Runs of no published cell\n\n{table(OTHERS, map(measured, others))}"
+    rest = f"## Runs of no published cell\n\n{as_markdown(OTHERS, map(measured, others))}"
     return "\n".join([text, *([rest] if others else []), END])
-
-
-def homes() -> dict[str, str]:
-    """Script -> the paper whose page has its deviations: the one of its name, else the one with most of its cells."""
-    count = Counter((cell.script, cell.paper) for cell in papers.cells() if cell.script)
-    ranked = sorted(count, key=lambda pair: (pair[0].lower().startswith(pair[1]), count[pair]))
-    return dict(ranked)  # of a script's papers the last stays
 
 
 def deviations(script: str) -> str:
@@ -276,35 +230,26 @@ def deviations(script: str) -> str:
 
 def page(paper: str, rows: Sequence[dict], others: Sequence[Sequence[dict]]) -> str:
     """results/<paper>.md as text: full tables, every run, deviations."""
-    home, tables = homes(), {}
+    home, tables = papers.homes(), {}
     own = [r for r in rows if papers.PAPERS[r["source"]] == paper]
     for row in own:
         tables.setdefault((row["source"], row["table"]), []).append(row)
     parts = [PAGE_TOP.format(", ".join(dict.fromkeys(r["source"] for r in own)))]
-    parts += [f"## {source}, {name}\n\n{table(FULL, part)}" for (source, name), part in tables.items()]
+    parts += [f"## {source}, {name}\n\n{as_markdown(FULL, part)}" for (source, name), part in tables.items()]
     runs = [r for row in own for r in row["runs"]] + [r for runs in others for r in runs if home[r["script"]] == paper]
     if runs:
-        parts.append(f"## Runs\n\n{table(RUNS, {r['file']: r for r in runs}.values())}")
+        parts.append(f"## Runs\n\n{as_markdown(RUNS, {r['file']: r for r in runs}.values())}")
     scripts = [s for s in dict.fromkeys(r["command"].split()[1] for r in own if r["command"]) if deviations(s)]
-    told = [deviations(script) for script in scripts if home[script] == paper]
+    told = [deviations(s) for s in scripts if home[s] == paper]
     parts += ["## Deviations\n", *told] if told else []
     away = ", ".join(f"`{s}`: [{home[s]}]({home[s]}.md)" for s in scripts if home[s] != paper)
     return "\n".join([*parts, f"Told elsewhere: {away}.\n"] if away else parts)
 
 
-def as_csv(rows: Iterable[Mapping]) -> str:
-    """COLUMNS of the rows, as text."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([round(v, 4) if isinstance(v, float) else v for v in map(row.get, COLUMNS)] for row in rows)
-    return buffer.getvalue()
-
-
 def pages(records: Sequence[dict]) -> dict[str, str]:
     """File, from RESULTS.md's folder, -> its text: all that `python compare.py` writes but the plots."""
     rows, others = collect(records)
-    made = {"RESULTS.md": markdown(rows, others), "results/results.csv": as_csv(rows)}
+    made = {"RESULTS.md": markdown(rows, others), "results/results.csv": as_csv(COLUMNS, rows)}
     return made | {f"results/{p}.md": page(p, rows, others) for p in PAGES}
 
 
@@ -318,31 +263,23 @@ def with_verdicts(readme: str, rows: Sequence[dict]) -> str:
     if not (found := re.search(f"{first}.*?{last}", readme, re.S)):
         raise UsageError(f"README.md lacks the marks {first} and {last}: put them where the verdicts belong")
     known = {(r["source"], r["method"], r["dataset"]) for r in rows if r["n"]}
-    lines = table(VERDICTS, [line for line in verdicts(rows) if line[:3] in known])
+    lines = as_markdown(VERDICTS, [line for line in verdicts(rows) if line[:3] in known])
     text = f"{first}\n{RULE}\n\n{lines}\n{coverage(rows)} have a run; [RESULTS.md](RESULTS.md) has them all.\n{last}"
     return readme[: found.start()] + text + readme[found.end() :]
 
 
 def plot_synthesis(rows: Sequence[dict], folder: Path) -> None:
-    """Accuracy against synthesis time, a picture per table of Fast-Datafree's: published hollow, ours full."""
+    """Accuracy against synthesis time, a picture per table of Fast-Datafree's."""
     hours = {cell.name: float(cell.row["synthesis_hours"]) for cell in papers.cells() if cell.row["synthesis_hours"]}
     folder.mkdir(parents=True, exist_ok=True)
     for dataset in ("CIFAR-10", "CIFAR-100"):
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        points = {}
+        for r in rows:
+            if r["dataset"] == dataset and r["student"] == "WRN16-1" and r["cell"] in hours:
+                _, ours = points.setdefault(r["method"], ((hours[r["cell"]], r["paper"]), []))
+                ours += [(r["synthesis_minutes"] / 60, r["best"])] if r["synthesis_minutes"] else []
         label = f"{dataset}: test accuracy (%), WRN40-2 to WRN16-1"
-        axes = figure.add_subplot(xscale="log", xlabel="hours of synthesis", ylabel=label)
-        found = [r for r in rows if r["dataset"] == dataset and r["student"] == "WRN16-1" and r["cell"] in hours]
-        for i, method in enumerate(dict.fromkeys(r["method"] for r in found)):
-            own = [r for r in found if r["method"] == method]
-            point = dict(color=f"C{i}", marker="o", linestyle="none")
-            axes.plot(hours[own[0]["cell"]], own[0]["paper"], **point, fillstyle="none", label=method)
-            run = [r for r in own if r["synthesis_minutes"]]
-            axes.plot([r["synthesis_minutes"] / 60 for r in run], [r["best"] for r in run], **point)
-        axes.plot([], [], "ko", fillstyle="none", label="published")
-        axes.plot([], [], "ko", label="ours")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", ncols=2)
-        figure.savefig(folder / f"synthesis-{dataset.lower()}.png", dpi=120)
+        plot_points(folder / f"synthesis-{dataset.lower()}.png", points, "hours of synthesis", label)
 
 
 def curves(files: Sequence[Path], out: str) -> None:
@@ -383,7 +320,7 @@ def main(args: Namespace) -> list[dict] | None:
         plot_synthesis(rows, top.parent / "results" / "plots")
         print(f"{len({r['cell'] for r in rows if r['n']})} cells with runs, {len(others)} kinds of other runs: {top}")
         return rows
-    text = table(FULL, rows) if args.format == "md" else as_csv(rows)
+    text = as_markdown(FULL, rows) if args.format == "md" else as_csv(COLUMNS, rows)
     if args.format == "json":
         told = [{k: row[k] for k in COLUMNS} for row in rows]
         text = json.dumps({"cells": told, "others": [r["file"] for runs in others for r in runs]}, indent=1) + "\n"

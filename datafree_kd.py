@@ -80,7 +80,6 @@ SMALL = {
     "imagenet": dict(batch_size=100, synthesis_batch_size=100),
     "folder": {},
 }
-# fmt: off
 OWN = (
     ("--cmi_init", "cmi: start from images inverted before: a run's folder, an .npz of --export_images, or any folder "
      "of images", dict(metavar="PATH")),
@@ -91,8 +90,7 @@ OWN = (
      dict(choices=("png", "npz"))),
     ("--save_dir", "where --export_images writes (default: <run folder>/images); by itself it means --export_images "
      "png", dict(metavar="DIR")),
-)
-# fmt: on
+)  # fmt: skip
 
 
 def preset_for(args: argparse.Namespace) -> dict:
@@ -215,14 +213,9 @@ def main(args: argparse.Namespace) -> dict:
     if args.save_dir:
         checkpoint.check_writable(args.save_dir, "--save_dir")
     family, rounds = METHODS[args.method].family, args.ep_steps // args.kd_steps
-    pool = None
-    if family.pooled:
-        capacity = args.n_epochs * rounds * args.synthesis_batch_size + (0 if inverted is None else len(inverted))
-        pool = ImagePool(shape, s.runtime.device, run_folder(args) / "pool.u8", args.pool_size, capacity)
-    settings = {k: getattr(args, k) for k in family.settings}
-    networks = s.teacher, s.student, generator, s.transform
-    synthesizer = family(*networks, shape, s.data.num_classes, s.runtime, pool, **settings)
-    s.unseen = synthesizer.unseen
+    images = args.n_epochs * rounds * args.synthesis_batch_size + (0 if inverted is None else len(inverted))
+    synthesizer = make_synthesizer(s, family, generator, images)
+    pool = synthesizer.pool
     optimizer = make_optimizer("sgd", s.student.parameters(), args.lr, args.weight_decay)
     timer = Stopwatch(s.runtime.device)
     states = dict(student=s.student, optimizer=optimizer, synthesizer=synthesizer, timer=timer)
@@ -240,6 +233,18 @@ def main(args: argparse.Namespace) -> dict:
     if args.export_images:
         s.run.log(f"images: {pool.export(args.export_images, args.save_dir or s.run.folder / 'images')}")
     return result
+
+
+def make_synthesizer(s: Session, family: type[Synthesizer], generator: nn.Module | None, images: int) -> Synthesizer:
+    """Who makes the images of a run, with a pool for so many in the run's folder if they are kept."""
+    args, pool, shape = s.args, None, (s.data.channels, s.data.img_size, s.data.img_size)
+    if family.pooled:
+        pool = ImagePool(shape, s.runtime.device, run_folder(args) / "pool.u8", args.pool_size, images)
+    settings = {k: getattr(args, k) for k in family.settings}
+    networks = s.teacher, s.student, generator, s.transform
+    synthesizer = family(*networks, shape, s.data.num_classes, s.runtime, pool, **settings)
+    s.unseen = synthesizer.unseen
+    return synthesizer
 
 
 def iterations_of(args: argparse.Namespace, synthesizer: Synthesizer) -> list[int]:

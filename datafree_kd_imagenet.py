@@ -55,20 +55,17 @@ import papers
 from datafree.cli import PICTURES, Parser, cli, describe_presets, number
 from datafree.errors import UsageError
 from datafree.hooks import BatchNormHooks
-from datafree.pool import ImagePool
-from datafree.run import run_folder
 from datafree.runtime import Stopwatch, lr_at, make_optimizer, set_lr
 from datafree.session import Session
 from datafree.synthesis import FLAGS, IMAGENET, FastLatents
-from datafree_kd import check_rounds, distill, make_images
+from datafree_kd import check_rounds, distill, make_images, make_synthesizer
 
 PRESETS = {"resnet18_imagenet": IMAGENET | dict(adv=1.0), "other students": IMAGENET}
 SAVE_ROUNDS = 100  # of the first phase between checkpoints
 AREA = 0.75  # the least share of an image that a crop keeps
-# fmt: off
 POOL_SIZE = ("--pool_size", "images of the pool that stay on the device, 0.15 MB each at 224 pixels, the others wait "
-             "in the host's memory (default: %(default)s)", dict(type=number(int, 0), default=100_000, metavar="N"))
-# fmt: on
+             "in the host's memory (default: %(default)s)",
+             dict(type=number(int, 0), default=100_000, metavar="N"))  # fmt: skip
 
 
 def parse_args(argv: Sequence | None = None) -> Namespace:
@@ -110,17 +107,12 @@ def main(args: Namespace) -> dict:
         lack = f"teacher {args.teacher} has no BatchNorm layers"
         raise UsageError(f"{lack}, which --bn reads: give --bn 0, or a teacher that has them")
     generator = s.generator("deep", args.nz, ngf=args.ngf)
-    shape = (s.data.channels, s.data.img_size, s.data.img_size)
     rounds = args.ep_steps // args.kd_steps
-    capacity = (args.phase1_rounds + args.n_epochs * rounds) * args.synthesis_batch_size
-    pool = ImagePool(shape, s.runtime.device, run_folder(args) / "pool.u8", args.pool_size, capacity)
-    settings = {k: getattr(args, k) for k in FastLatents.settings}
-    networks = s.teacher, s.student, generator, s.transform
-    synthesizer = FastLatents(*networks, shape, s.data.num_classes, s.runtime, pool, **settings)
-    s.unseen = synthesizer.unseen
+    images = (args.phase1_rounds + args.n_epochs * rounds) * args.synthesis_batch_size
+    synthesizer = make_synthesizer(s, FastLatents, generator, images)
     optimizer = make_optimizer("sgd", s.student.parameters(), args.lr, args.weight_decay)
     timer = Stopwatch(s.runtime.device)
-    start = s.start(student=s.student, optimizer=optimizer, synthesizer=synthesizer, timer=timer, pool=pool)
+    start = s.start(student=s.student, optimizer=optimizer, synthesizer=synthesizer, timer=timer, pool=synthesizer.pool)
     done = 0 if start else synthesizer.rounds
     first, *others = [rounds * (args.g_steps + args.kd_steps)] * args.n_epochs
     epochs = s.epochs([first + args.phase1_rounds * args.g_steps, *others], args.batch_size, done=done * args.g_steps)
@@ -129,7 +121,9 @@ def main(args: Namespace) -> dict:
             first_phase(s, synthesizer, timer, done)
         losses = train_epoch(epoch, s, synthesizer, optimizer, timer)
         s.record(losses, lambda: synthesizer.pictures(64), synthesis_seconds=round(timer.seconds(), 3))
-    return s.finish(method="fast_meta", synthesis_seconds=round(timer.seconds(), 1), generated_images=len(pool))
+    return s.finish(
+        method="fast_meta", synthesis_seconds=round(timer.seconds(), 1), generated_images=len(synthesizer.pool)
+    )
 
 
 def first_phase(s: Session, synthesizer: FastLatents, timer: Stopwatch, done: int) -> None:

@@ -275,3 +275,10 @@ def published(args: Namespace) -> list[dict]:
     near = [c for c in cells() if c.script == flags["script"] and c.dataset == flags["dataset"]]
     return [{"cell": c.name, **{k: c.row[k] for k in ("source", "table", "method")}, "value": c.value,
              "differs": c.differences(flags)} for c in near if c.made(flags)]  # fmt: skip
+
+
+def homes() -> dict[str, str]:
+    """Script -> the paper whose page has its deviations: the one of its name, else the one with most of its cells."""
+    count = Counter((cell.script, cell.paper) for cell in cells() if cell.script)
+    ranked = sorted(count, key=lambda pair: (pair[0].lower().startswith(pair[1]), count[pair]))
+    return dict(ranked)  # of a script's papers the last stays

@@ -37,7 +37,7 @@ import papers
 from data import SOURCES
 from datafree import checkpoint
 from datafree.cli import Parser, cli, describe_presets
-from datafree.distributed import whole
+from datafree.distributed import share, whole
 from datafree.run import run_folder
 from datafree.runtime import cosine_at, lr_at, make_optimizer, set_lr
 from datafree.session import Session
@@ -51,14 +51,12 @@ def parse_args(argv: Sequence | None = None) -> argparse.Namespace:
     p.add_argument("--recipe", choices=sorted(RECIPES), help="(default: the published one)")
     text = f"train nothing: take torchvision's IMAGENET1K_V1 weights of {', '.join(PRETRAINED)}"
     p.add_argument("--pretrained", action="store_true", help=text)
-    # fmt: off
     p.add_recipe(
         optimizer="its name", lr="learning rate, at first", weight_decay="of the optimiser",
         batch_size="images of an iteration", n_epochs="passes over the training images",
         schedule="of the learning rate: steps at --milestones, or cosine to 0",
         milestones="of steps: lr x gamma at these fractions of the epochs", gamma="of steps",
-    )
-    # fmt: on
+    )  # fmt: skip
     p.add_run()
     args = p.parse_args(argv)
     args.model = args.model or SOURCES[args.dataset].pair[0]
@@ -106,7 +104,7 @@ def main(args: argparse.Namespace) -> dict:
         checkpoint.load_weights(s.student, fetch(args.model), f"torchvision's {PRETRAINED[args.model]}", args.model)
         batches, images = (), "pretrained"
     else:
-        batches = s.batches(s.data.train)
+        batches = s.data.train.shuffled(args.batch_size, share)
         images = f"recipe {args.recipe}, {len(s.data.train)} training images"
     checkpoint.check_writable(target.parent, "--checkpoints")
     optimizer = make_optimizer(args.optimizer, s.student.parameters(), args.lr, args.weight_decay)

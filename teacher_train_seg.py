@@ -36,7 +36,6 @@ from datafree.session import Session
 from datafree.teachers import PRETRAINED, fetch, save_teacher, teacher_file
 from models import SEGMENTERS
 
-# fmt: off
 SETTINGS = dict(lr=0.1, weight_decay=5e-4, batch_size=16, n_epochs=200, milestones=[0.5], crop=128)
 CAMVID = dict(model="deeplabv3_resnet50") | SETTINGS
 PRESETS = {"camvid": CAMVID, "nyuv2": CAMVID | dict(lr=0.05)}
@@ -44,12 +43,11 @@ RECIPE = dict(
     lr="learning rate, at first", weight_decay="of SGD", batch_size="images of an iteration",
     n_epochs="passes over the training images", milestones="lr x 0.1 at these fractions of the epochs",
     crop="side of the training images in pixels",
-)
+)  # fmt: skip
 BACKBONE = ("--backbone_weights", "a state dict of torchvision's classifier, or none for scratch (default: "
-            "torchvision's, if it can be had)", dict(metavar="FILE"))
+            "torchvision's, if it can be had)", dict(metavar="FILE"))  # fmt: skip
 SAVE_IMG = ("--save_img", "at the end write N test images beside ground truth and the networks' classes (default: "
-            "%(default)s)", dict(type=number(int, 0), default=4, metavar="N"))
-# fmt: on
+            "%(default)s)", dict(type=number(int, 0), default=4, metavar="N"))  # fmt: skip
 
 
 def parse_args(argv: Sequence | None = None) -> Namespace:

@@ -42,9 +42,8 @@ from datafree.losses import kd_loss
 from datafree.runtime import lr_at, make_optimizer, set_lr
 from datafree.session import Session
 
-# fmt: off
 CIFAR = dict(optimizer="sgd", lr=0.1, weight_decay=1e-4, batch_size=128, n_epochs=200, milestones=[0.6, 0.75, 0.9],
-             alpha=1.0, beta=0.0, T=4.0)
+             alpha=1.0, beta=0.0, T=4.0)  # fmt: skip
 GREY = CIFAR | dict(optimizer="adam", lr=1e-3, weight_decay=0.0, batch_size=256, n_epochs=10, milestones=[])
 PRESETS = {
     "mnist": GREY,
@@ -58,13 +57,12 @@ TRANSFER = (
      "any depth, as it is or below --transfer_root (default: %(default)s)", dict(default="original", metavar="SET")),
     ("--transfer_root", "where the transfer set is (default: --data_root)", dict(metavar="DIR")),
     ("--scratch", "no teacher: the same as --alpha 0 --beta 1", dict(action="store_true")),
-)
+)  # fmt: skip
 RECIPE = dict(
     alpha="weight of the teacher's answers", beta="weight of the labels", T="temperature", optimizer="of the student",
     lr="learning rate, at first", weight_decay="of the student", batch_size="images of an iteration",
     n_epochs="passes over the transfer set", milestones="lr x 0.1 at these fractions of the epochs",
-)
-# fmt: on
+)  # fmt: skip
 IN_MEMORY = 2**32  # bytes of decoded images above which a folder is read anew in each epoch
 
 
@@ -137,8 +135,7 @@ def main(args: Namespace) -> dict:
             where = args.transfer_set, args.transfer_root or args.data_root
             images, fingerprint = get_wild(*where, data.img_size, data.channels)
             facts = {"transfer_images": len(images), "transfer_fingerprint": fingerprint}
-        images = images.in_memory(IN_MEMORY).to(device)
-        batches = s.batches(images)
+        batches = images.in_memory(IN_MEMORY).to(device).shuffled(args.batch_size, share)
     optimizer = make_optimizer(args.optimizer, s.student.parameters(), args.lr, args.weight_decay)
     for epoch in s.epochs(len(batches), args.batch_size, student=s.student, optimizer=optimizer):
         set_lr(optimizer, lr_at(epoch, args.lr, args.n_epochs, args.milestones))

@@ -163,15 +163,8 @@ def get_dataset(
         return Dataset(name, None, None, classes, mean, std, img_size, channels, img_size // 8, True, "none")
 
     names = ("train", "test") if train else ("test",)
-    try:
-        raw = source.load(expand(root), names, download, attribute)
-    except OSError as error:
-        raise unreadable(error.filename or root, error, "replace or delete it") from None
-    if len(raw.class_names) < 2:
-        raise DataError(f"{root} has one class, {raw.class_names[0]}: give at least two, there is nothing to learn")
+    raw = _load(name, root, names, download, attribute)
     parts = {split: getattr(raw, split) for split in names}
-    if empty := [split for split, part in parts.items() if not len(part)]:
-        raise DataError(f"{name} has no images to {empty[0]} in {root}: put the whole data set there")
     first, n = parts[names[0]], sum(map(len, parts.values()))
     needed = train and source.mean is None and (mean is None or std is None)
     if isinstance(first, TensorSplit):
@@ -192,6 +185,19 @@ def get_dataset(
     classes, pad = tuple(map(splits.printable, raw.class_names)), img_size // 8 if source.crop else 0
     about = classes, mean, std, img_size, channels, pad, source.flip, digest
     return Dataset(name, parts.get("train"), parts["test"], *about)
+
+
+def _load(name: str, root: str | Path, names: Sequence[str], download: bool, attribute: str | None) -> Raw:
+    """What the data set's loader finds. Raises DataError if it cannot be read, or nothing can be learnt from it."""
+    try:
+        raw = SOURCES[name].load(expand(root), names, download, attribute)
+    except OSError as error:
+        raise unreadable(error.filename or root, error, "replace or delete it") from None
+    if len(raw.class_names) < 2:
+        raise DataError(f"{root} has one class, {raw.class_names[0]}: give at least two, there is nothing to learn")
+    if empty := [split for split in names if not len(getattr(raw, split))]:
+        raise DataError(f"{name} has no images to {empty[0]} in {root}: put the whole data set there")
+    return raw
 
 
 def get_wild(source: str, root: str | Path, img_size: int, channels: int) -> tuple[TensorSplit | FileSplit, str]:

@@ -35,6 +35,7 @@ ARCHIVES = (".gz", ".zip", ".tgz", ".tar")
 # Bytes, unpacked: of MNIST's images (47 MB), USPS' text (20 MB) and a sheet of CIFAR-10 (3 MB as plain pixels).
 IDX_LIMIT, TEXT_LIMIT, SHEET_LIMIT = 2**28, 2**26, 2**24
 DIGITS = tuple("0123456789")
+Arrays = tuple[np.ndarray, Sequence[int]]  # images (N, C, H, W) or grey (N, H, W), and labels
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -91,10 +92,10 @@ def _tensors(images: np.ndarray, labels: Sequence[int]) -> TensorSplit:
     return TensorSplit(images[:, None] if images.ndim == 3 else images, torch.from_numpy(np.array(labels, np.int64)))
 
 
-def _arrays(class_names: tuple[str, ...], read: Callable) -> Callable:
+def _arrays(class_names: tuple[str, ...], read: Callable[[Path, str], Arrays]) -> Callable[..., Raw]:
     """A kind's ``read`` from one of (folder, split) -> (images, labels)."""
 
-    def checked(place: Path, split: str):
+    def checked(place: Path, split: str) -> TensorSplit:
         images, labels = read(place, split)
         if len(images) != len(labels) or not 0 <= min(labels, default=-1) <= max(labels) < len(class_names):
             raise ValueError(f"the file of labels to {split} does not fit its images")
@@ -123,14 +124,14 @@ def load_digits(root: Path, splits: Sequence[str], *_) -> Raw:
 def _idx(name: str, cls: type, class_names: tuple[str, ...]) -> Files:
     """60,000 + 10,000 grey images, 28x28, as four IDX files."""
 
-    def files(split: str):
+    def files(split: str) -> tuple[str, str]:
         stem = "t10k" if split == "test" else split
         return f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"
 
-    def read(place: Path, split: str):
-        return [read_idx(_plain_or_gz(place / file)) for file in files(split)]
+    def read(place: Path, split: str) -> Arrays:
+        return tuple(read_idx(_plain_or_gz(place / file)) for file in files(split))
 
-    def fetch(folder: Path, splits: Sequence[str]):
+    def fetch(folder: Path, splits: Sequence[str]) -> None:
         part = cls if "train" in splits else type(cls.__name__, (cls,), {"resources": cls.resources[2:]})
         part(folder, False, download=True)
 
@@ -175,7 +176,7 @@ def _plain_or_gz(path: Path) -> Path | None:
 def _cifar(cls: type, *others: tuple[Callable, Callable], also: tuple[str, ...] = ()) -> Files:
     """A. Krizhevsky 2009: 50,000 + 10,000 images, 32x32; the original batches, or other kinds of files."""
 
-    def read(place: Path, splits: Sequence[str], attribute: str | None):
+    def read(place: Path, splits: Sequence[str], attribute: str | None) -> Raw:
         # torchvision wants all batches, whichever it reads.
         part = cls if "train" in splits else type(cls.__name__, (cls,), {"train_list": []})
         for file, _ in (*part.train_list, *part.test_list):
@@ -188,7 +189,7 @@ def _cifar(cls: type, *others: tuple[Callable, Callable], also: tuple[str, ...] 
     return Files(cls.__name__.lower(), kinds, lambda folder, _: cls(folder, False, download=True), also)
 
 
-def _read_sheets(place: Path, split: str):
+def _read_sheets(place: Path, split: str) -> Arrays:
     """Lossless WebP sheets of 40 images a row, the last row filled with black ones, in a zip; labels are bytes."""
     with zipfile.ZipFile(place / "cifar10_lossless.zip") as archive:
         names = sorted(n for n in archive.namelist() if n.startswith(f"{split}/") and n[-1] != "/")
@@ -211,7 +212,7 @@ def _read_sheet(content: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def _read_cifar10_folders(place: Path, splits: Sequence[str], attribute: str | None):
+def _read_cifar10_folders(place: Path, splits: Sequence[str], attribute: str | None) -> Raw | None:
     if tuple(class_folders(place / splits[0])) != CIFAR10_CLASSES:
         return None
     raw = load_folder(place, splits)
@@ -239,7 +240,7 @@ load_cifar100 = _cifar(datasets.CIFAR100)
 def _torchvision_digits(cls: type, labels: str, parts: dict[str, tuple[str, object]]) -> Files:
     """Digits that torchvision reads, labels from that attribute; parts: split -> (file, what torchvision calls it)."""
 
-    def read(place: Path, split: str):
+    def read(place: Path, split: str) -> Arrays:
         if parts[split][0].endswith(".bz2"):
             with bz2.open(place / parts[split][0]) as file:
                 if len(file.read(TEXT_LIMIT + 1)) > TEXT_LIMIT:
@@ -247,8 +248,9 @@ def _torchvision_digits(cls: type, labels: str, parts: dict[str, tuple[str, obje
         found = cls(place, parts[split][1])
         return found.data, getattr(found, labels)
 
-    def fetch(folder: Path, splits: Sequence[str]):
-        return [cls(folder, parts[split][1], download=True) for split in splits]
+    def fetch(folder: Path, splits: Sequence[str]) -> None:
+        for split in splits:
+            cls(folder, parts[split][1], download=True)
 
     return Files(cls.__name__.lower(), ((lambda split: parts[split][:1], _arrays(DIGITS, read)),), fetch)
 
@@ -260,7 +262,7 @@ load_svhn = _torchvision_digits(datasets.SVHN, "labels", SVHN_PARTS)
 load_usps = _torchvision_digits(datasets.USPS, "targets", {"train": ("usps.bz2", True), "test": ("usps.t.bz2", False)})
 
 
-def _read_celeba(place: Path, splits: Sequence[str], attribute: str | None):
+def _read_celeba(place: Path, splits: Sequence[str], attribute: str | None) -> Raw:
     """One of the 40 attributes is the label; by default the one nearest to half of the train split (or the lists' first
     one): accuracies on unbalanced attributes, or averaged over all, say little."""
     _, header, *lines = (place / "list_attr_celeba.txt").read_text().splitlines()

@@ -32,10 +32,8 @@ if __name__ == "__main__":
     try:
         main(parser.parse_args().DIR)
     except (DataError, OSError) as error:
-        where = (
-            ""
-            if isinstance(error, DataError)
-            else f" {error.filename2 or error.filename}: choose a folder where links can be made"
-        )
-        print(one_line(error) + where, file=sys.stderr)
+        text = one_line(error)
+        if isinstance(error, OSError):
+            text += f" {error.filename2 or error.filename}: choose a folder where links can be made"
+        print(text, file=sys.stderr)
         sys.exit(2)

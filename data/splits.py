@@ -131,6 +131,10 @@ class Split:
         """Batches on ``device`` (default: the split's). Raises DataError if there are none, or a file is damaged."""
         return Batches(self, batch_size, shuffle, drop_last, self.device if device is None else device, share)
 
+    def shuffled(self, batch_size: int, share: Callable[[Tensor], Tensor]) -> Batches:
+        """Batches to train on; a last one of a single image, which would stop BatchNorm on a 1x1 map, is left out."""
+        return self.batches(batch_size, shuffle=True, drop_last=len(self) % batch_size == 1, share=share)
+
 
 @dataclass
 class TensorSplit(Split):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from data import DATASETS, SOURCES, TEST_SETS, DataError
+from data.splits import printable
 from datafree import distributed
 from datafree.errors import TimeLimit, UsageError
 from datafree.teachers import recipe_for, weights_of
@@ -22,13 +23,11 @@ from models import MODELS, agree_on_size
 
 STARTED = time.monotonic()
 # Flags that do not change what a run computes: they are not in its name, and may differ on --resume.
-# fmt: off
 FREE = {
     "resume", "out", "tag", "data_root", "wild_root", "transfer_root", "checkpoints", "device", "gpu", "visdom",
     "evaluate_only", "ckpt", "export_images", "save_dir", "pool_size", "memory", "sample_every", "save_img",
     "time_limit", "script", "run_name", "any_teacher", "bn_is_default", "command",
-}
-# fmt: on
+}  # fmt: skip
 
 
 def number(kind: type, low: float, high: float = 10**9) -> Callable:
@@ -46,7 +45,7 @@ def number(kind: type, low: float, high: float = 10**9) -> Callable:
 
 def one_line(message: object) -> str:
     """A message as one line of at most 2000 characters, with what cannot be printed as its code."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(message).split()))
+    text = printable(" ".join(str(message).split()))
     return text if len(text) <= 2000 else f"{text[:998]} ... {text[-997:]}"
 
 
@@ -60,7 +59,6 @@ def path(text: str) -> str:
 count, positive, weight = number(int, 1), number(float, 1e-12), number(float, 0)
 batch, fraction, switch = number(int, 2, 10**6), number(float, 0, 1), dict(type=int, choices=(0, 1))
 fractions = dict(type=fraction, nargs="*", metavar="FRACTION")
-# fmt: off
 # The type of every flag that a recipe sets, by its name; what is not here is a weight of a loss.
 TYPES = {
     **dict.fromkeys("batch_size synthesis_batch_size num_select".split(), batch),
@@ -76,7 +74,7 @@ TYPES = {
     "milestones": fractions,
     "crop": number(int, 32, 256),
     "schedule": dict(choices=("steps", "cosine")),
-}
+}  # fmt: skip
 ALIASES = {"n_epochs": "--epochs", "nz": "--latent_dim"}
 # The flags that every training script has: names, help, and what else argparse is told.
 DEVICE = (
@@ -86,7 +84,7 @@ DEVICE = (
     ("--gpu", "the same as --device cuda on GPU number N", dict(type=number(int, 0), metavar="N")),
     ("--precision", "auto takes bfloat16 autocast where the hardware has it; fp32 is float32 throughout, without TF32 "
      "(default: the preset's, else auto)", dict(choices=("auto", "fp32", "bf16"))),
-)
+)  # fmt: skip
 FOLDER = dict(metavar="DIR")
 STATISTIC = dict(type=fraction, nargs="+", metavar="X")
 RUN = (
@@ -106,22 +104,21 @@ RUN = (
     ("--visdom", "live curves and images on a visdom server at this port (15550 if none is given); without a server, a "
      "log to replay later", dict(type=number(int, 1, 65535), nargs="?", const=15550, metavar="PORT")),
     *DEVICE,
-)
+)  # fmt: skip
 PICTURES = ("--sample_every", "write a grid of images each N epochs, 0 for never (default: %(default)s)",
-            dict(type=number(int, 0), default=10, metavar="N"))
+            dict(type=number(int, 0), default=10, metavar="N"))  # fmt: skip
 TEACHER = (
     ("--teacher_ckpt --teacher_dir", "the teacher's weights: a file, or a run folder (default: "
      "<dataset>-<teacher>-<recipe>.pt in --checkpoints or pretrained/)", dict(metavar="FILE")),
     ("--teacher_recipe", "the recipe that made them (default: the paper's, else the only one that is there)",
      dict(metavar="NAME")),
-)
+)  # fmt: skip
 CHECKPOINTS = ("--checkpoints", "where teachers' weights are (default: %(default)s)",
-               FOLDER | dict(default="./checkpoints"))
+               FOLDER | dict(default="./checkpoints"))  # fmt: skip
 NONE = (
     ("--num_classes", "with --dataset none (default: the teacher file's)", dict(type=count)),
     ("--channels", "with --dataset none (default: the teacher file's, else 3)", dict(type=int, choices=(1, 3))),
 )
-# fmt: on
 
 
 class Parser(argparse.ArgumentParser):

@@ -11,6 +11,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -39,25 +40,33 @@ RESTARTED = LAUNCHED and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 
 _joined = True  # whether networks give the whole batch's outputs
 
 
-def begin() -> None:
+def meet() -> None:
     """Meet the other processes, once."""
     if SIZE > 1 and not dist.is_initialized():
         dist.init_process_group(timeout=PATIENCE)  # gloo for a CPU's tensors, NCCL for GPUs'
         atexit.register(_end)
 
 
+def begin(args: Namespace) -> None:
+    """Meet the other processes, and adapt a script's flags: restarted, a job goes on; rank 0's run folder counts.
+
+    Raises:
+        UsageError: a batch that cannot be divided among the processes.
+    """
+    meet()
+    for flag in ("batch_size", "synthesis_batch_size"):
+        if (n := getattr(args, flag, 0)) % SIZE:
+            text = f"--{flag} {n} cannot be divided among {SIZE} processes"
+            raise UsageError(f"{text}: choose a multiple, or another --nproc_per_node")
+    args.resume = args.resume or RESTARTED
+    if RANK and not args.evaluate_only:
+        args.out = tempfile.mkdtemp(prefix="datafree-")
+        atexit.register(shutil.rmtree, args.out, ignore_errors=True)
+
+
 def _end() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def folder_of(out: str) -> str:
-    """Where a rank's run folders are: `out` for rank 0, a folder that goes with the process for the others."""
-    if RANK == 0:
-        return out
-    folder = tempfile.mkdtemp(prefix="datafree-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 def speaks() -> bool:
@@ -125,14 +134,6 @@ def first_alone() -> Iterator[None]:
     yield
     if dist.is_initialized() and RANK == 0:
         dist.barrier()
-
-
-def check_divides(**sizes: int | None) -> None:
-    """Raises UsageError where a batch size, flag -> images, is no multiple of the number of processes."""
-    for flag, n in sizes.items():
-        if n and n % SIZE:
-            text = f"--{flag} {n} cannot be divided among {SIZE} processes"
-            raise UsageError(f"{text}: choose a multiple, or another --nproc_per_node")
 
 
 def share(x: Tensor, dim: int = 0) -> Tensor:
@@ -207,7 +208,8 @@ def pool_statistics(statistics: list) -> list:
 
 
 def join(network: nn.Module) -> None:
-    """Let a network give the whole batch's outputs for the rank's share of the images."""
+    """Let a network give the whole batch's outputs for the rank's share of the images, and `synchronize` it."""
+    synchronize(network)
     if SIZE > 1:
         network.register_forward_hook(_gather_outputs)
 

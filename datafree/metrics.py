@@ -11,6 +11,10 @@ from data.segmentation import Segmentation
 from datafree.distributed import apart, part, total, turns
 from datafree.runtime import Runtime
 
+AGREEMENT = """no test images: the score is the agreement with the teacher on images that the student has not seen, \
+which is no accuracy"""
+# How the names of the scores begin that stand beside the one that counts.
+FURTHER = ("Acc@5", "iou_", "pixel_", "mean_acc", "frequency")
 EVALUATION_PIXELS = 2**25  # values of a test batch at the most: 1000 images of 32 x 32, 222 of 224 x 224
 
 
@@ -82,6 +86,17 @@ def segmentation_scores(
     classes = dict(zip(data.class_names, scores.pop("class_iou"), strict=True))
     scores = {"mIoU": scores.pop("mean_iou")} | scores | {f"iou_{name}": value for name, value in classes.items()}
     return {name: None if math.isnan(value) else 100 * value for name, value in scores.items()}
+
+
+def standard_error(score: str, percent: float, data: Dataset | Segmentation) -> float | None:
+    """The standard error, in percentage points, that so many test images leave in an accuracy; None of other scores."""
+    return math.sqrt(percent * (100 - percent) / len(data.test)) if score == "Acc@1" else None
+
+
+def error_text(score: str, percent: float, data: Dataset | Segmentation) -> str:
+    """The standard error in brackets, for people; empty where there is none."""
+    error = standard_error(score, percent, data)
+    return "" if error is None else f" (standard error {error:.2f})"
 
 
 class Confusion:

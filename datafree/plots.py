@@ -1,7 +1,7 @@
 """Pictures for people: curves of a score, and segmentations side by side."""
 
 import csv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,8 @@ from data import Segmentation
 from datafree.distributed import speaks
 from datafree.errors import UsageError
 from datafree.runtime import Runtime
+
+Point = tuple[float, float]
 
 
 def plot_accuracy(path: Path, runs: Mapping[str, Path], column: str = "accuracy", over: str = "seconds") -> None:
@@ -36,6 +38,21 @@ def plot_accuracy(path: Path, runs: Mapping[str, Path], column: str = "accuracy"
         axes.plot(x, y, label=label, marker="." if len(rows) < 30 else "")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small").set_in_layout(False)  # long names of runs would leave no room to the axes
+    figure.savefig(path, dpi=120)
+
+
+def plot_points(path: Path, methods: Mapping[str, tuple[Point, Sequence[Point]]], x: str, y: str) -> None:
+    """Draw what is published for each method, hollow, and our own points, full, over a logarithmic axis x."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xscale="log", xlabel=x, ylabel=y)
+    for i, (method, (published, ours)) in enumerate(methods.items()):
+        look = dict(color=f"C{i}", marker="o", linestyle="none")
+        axes.plot(*published, **look, fillstyle="none", label=method)
+        axes.plot([x for x, _ in ours], [y for _, y in ours], **look)
+    axes.plot([], [], "ko", fillstyle="none", label="published")
+    axes.plot([], [], "ko", label="ours")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=120)
 
 

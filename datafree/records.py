@@ -1,8 +1,11 @@
 """Records of finished runs: the result.json files, wherever they were copied to."""
 
 import json
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
+from datafree.cli import FREE
 from datafree.errors import UsageError
 
 SAME = ("name", "command", "seconds")  # what copies of a record have in common
@@ -27,3 +30,25 @@ def read_records(*folders: str | Path) -> list[dict]:
             except (ValueError, TypeError, RecursionError) as error:
                 raise UsageError(f"{path} is damaged ({error}): delete it or copy it again") from error
     return list(records.values())
+
+
+def teacher_of(record: Mapping) -> str:
+    """The file of a run's teacher, and its recipe."""
+    weights = record.get("teacher_weights")
+    return f"{weights['file']} ({weights.get('recipe') or 'no recipe'})" if weights else ""
+
+
+def precision_of(record: Mapping) -> str:
+    """A run's precision, piece by piece if there are several."""
+    pieces = [f"{p['epochs'][0]}-{p['epochs'][1]} {p['precision']}" for p in record["pieces"] or ()]
+    return ", ".join(pieces) if len(pieces) > 1 else record["precision"]
+
+
+def command_of(record: Mapping) -> str:
+    """A run's command without the flags that do not matter, and the seed."""
+    kept, keep = [], True
+    for word in shlex.split(record["command"]):
+        if word.startswith("--"):
+            keep = word.lstrip("-").split("=")[0] not in FREE | {"seed"}
+        kept += [word] if keep else []
+    return shlex.join(kept)

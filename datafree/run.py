@@ -209,13 +209,14 @@ class Run:
         with (self.folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text + "\n")
 
-    def progress(self, iterations: list[int], batch_size: int, done: int = 0) -> None:
+    def progress(self, iterations: int | list[int], batch_size: int, done: int = 0) -> None:
         """Open the progress bar of the whole run: images/s, ETA, loss and score.
 
         Args:
-            iterations: of each epoch. batch_size: images of an iteration. done: iterations of the next epoch
-                that are done.
+            iterations: of an epoch, or of each one. batch_size: images of an iteration. done: iterations of the next
+                epoch that are done.
         """
+        iterations = [iterations] * self.args.n_epochs if isinstance(iterations, int) else iterations
         done += sum(iterations[: self.next_epoch])
         look = dict(unit=" images", unit_scale=True, dynamic_ncols=True, desc=self.name, smoothing=0.05, disable=None)
         self.bar = tqdm(total=sum(iterations) * batch_size, initial=done * batch_size, **look)
@@ -353,15 +354,13 @@ class Run:
         together = {
             k: " then ".join(dict.fromkeys(str(p[k]) for p in pieces)) for k in ("precision", "hardware", "commit")
         }
-        # fmt: off
         result = {
             "name": self.name, "script": self.args.script, "score": self.score, "last": self.percent,
             "best": self.best_score, "best_epoch": self.best_epoch, "epochs": self.next_epoch,
             "mean": statistics.fmean(scores), "variance": statistics.pvariance(scores), **facts,
             "seconds": round(self.seconds(), 1), "seed": self.args.seed, **together, "command": self.args.command,
             "versions": pieces[-1]["versions"], "pieces": pieces, "args": self.flags,
-        }
-        # fmt: on
+        }  # fmt: skip
         checkpoint.write_json(self.folder / "result.json", result)
         LOCKS[self.folder].release(force=True)
         scores = f"last {self.percent:.2f} %, best {self.best_score:.2f} % (epoch {self.best_epoch})"

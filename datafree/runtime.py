@@ -41,10 +41,9 @@ class Runtime:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def place(self, *modules: nn.Module) -> None:
-        """Move modules to the device, their convolutions' weights to channels_last."""
-        for module in modules:
-            module.to(self.device, memory_format=torch.channels_last)
+    def place(self, module: nn.Module) -> nn.Module:
+        """Move a module to the device, its convolutions' weights to channels_last; returns it."""
+        return module.to(self.device, memory_format=torch.channels_last)
 
 
 def keep_memory(keep: bool = True) -> None:
@@ -78,9 +77,8 @@ def setup(args: argparse.Namespace) -> Runtime:
         found = torch.cuda.device_count()
         index = args.gpu or LOCAL_RANK
         if index >= found:
-            raise UsageError(
-                f"GPU {index} was asked for and {found} can be used: choose another --gpu, or --device cpu"
-            )
+            text = f"GPU {index} was asked for and {found} can be used"
+            raise UsageError(f"{text}: choose another --gpu, or --device cpu")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
@@ -93,10 +91,8 @@ def setup(args: argparse.Namespace) -> Runtime:
     if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
     elif precision == "bf16" and not has_bf16(device):
-        raise UsageError(
-            f"--precision bf16: {device_name(device)} has no bfloat16 arithmetic: "
-            "use --precision fp32 (auto chooses it here)"
-        )
+        text = f"--precision bf16: {device_name(device)} has no bfloat16 arithmetic"
+        raise UsageError(f"{text}: use --precision fp32 (auto chooses it here)")
     return Runtime(device, precision)
 
 

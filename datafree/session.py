@@ -3,13 +3,11 @@
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from math import sqrt
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from data.splits import Batches, Split
 from datafree import checkpoint, distributed, metrics
 from datafree.augment import Transform
 from datafree.errors import UsageError
@@ -46,40 +44,35 @@ class Session:
     ):  # fmt: skip
         self.args, self.segmentation, self.published = args, segmentation, list(published)
         self.unseen: Callable[[], Iterable[Tensor]] | None = None
-        distributed.begin()
-        distributed.check_divides(**{k: getattr(args, k, None) for k in ("batch_size", "synthesis_batch_size")})
-        args.resume = args.resume or distributed.RESTARTED
-        args.out = args.out if args.evaluate_only else distributed.folder_of(args.out)
+        distributed.begin(args)
         self.result = None if args.evaluate_only else distributed.from_first(lambda: finished(args))
         if self.result:
             return
         self.runtime = setup(args)
-        taught = taught and not args.evaluate_only
-        path = find_teacher(args, segmentation) if taught else own_weights(args) if args.evaluate_only else None
+        if args.evaluate_only:
+            train, taught, path = False, False, own_weights(args)
+        else:
+            path = find_teacher(args, segmentation) if taught else None
         content = checkpoint.read(path) if path else {}
         known = checkpoint.metadata_of(content, path, args)
         with distributed.first_alone():
-            self.data = open_data(args, known, train and not args.evaluate_only, segmentation).to(self.runtime.device)
+            self.data = open_data(args, known, train, segmentation).to(self.runtime.device)
         args.fingerprint = self.data.fingerprint  # a run goes on with the same data and teacher only
         self.score = "mIoU" if segmentation else "Acc@1" if self.data.test is not None else "agreement"
         name = args.student if "student" in args else args.model
-        self.student = self._build(name, self.data.num_classes, self.data.channels)
+        self.student = self.runtime.place(self._build(name, self.data.num_classes, self.data.channels))
+        distributed.join(self.student)
         self.teacher, self.teacher_metadata, self.teacher_record = None, known, None
         if taught:
             self.teacher, self.teacher_record = load_teacher(args, path, content, self._build, self.data)
-            self.runtime.place(self.teacher)
-            distributed.join(self.teacher)
+            distributed.join(self.runtime.place(self.teacher))
             args.teacher_sha256 = self.teacher_record["sha256"]
-        elif args.evaluate_only:
-            checkpoint.load_weights(self.student, content, path, name)
-        self.runtime.place(self.student)
-        distributed.synchronize(self.student)
-        distributed.join(self.student)
         self.transform = Transform.of(self.data, known, area)
         self.metadata = checkpoint.metadata(name, self.data, self.transform, run=args.run_name)
         if args.evaluate_only:
+            checkpoint.load_weights(self.student, content, path, name)
             percent, _ = self.evaluate(self.student)
-            print(f"[Eval] {path} {self.score}={percent:.2f}{self._error_text(percent)}")
+            print(f"[Eval] {path} {self.score}={percent:.2f}{metrics.error_text(self.score, percent, self.data)}")
             self.result = {"weights": str(path), column_of(self.score): percent}
 
     def _build(self, name: str, num_classes: int, channels: int) -> nn.Module:
@@ -112,11 +105,9 @@ class Session:
     @torch.no_grad()
     def sample(self, generator: nn.Module, z: Tensor) -> Tensor:
         """Images (N, C, H, W) of the latents z by the generator's running statistics, as it makes them."""
-        training = generator.training
-        generator.eval()
         with self.runtime.autocast():
-            x = generator(z)
-        generator.train(training)
+            x = generator.eval()(z)
+        generator.train()
         return x.float()
 
     def start(self, **states) -> int:
@@ -126,11 +117,10 @@ class Session:
             cells = ", ".join(f"{c['value']} ({c['cell']}: {c['source']}, {c['table']})" for c in self.published)
             self.run.log(f"published: {cells}")
         if self.score == "agreement":
-            text = "no test images: the score is the agreement with the teacher on images that the student has "
-            self.run.log(text + "not seen, which is no accuracy")
+            self.run.log(metrics.AGREEMENT)
         elif self.teacher is not None:
             self.teacher_score, _ = self.evaluate(self.teacher)
-            shown = f": {self.teacher_score:.2f} %{self._error_text(self.teacher_score)}"
+            shown = f": {self.teacher_score:.2f} %{metrics.error_text(self.score, self.teacher_score, self.data)}"
         if self.teacher is not None:
             text = f"teacher {args.teacher}{shown} ({self.teacher_record['file']}); student {args.student}; "
             self.run.log(f"{text}{self.runtime.precision} on {self.runtime.device}")
@@ -145,17 +135,8 @@ class Session:
         """
         if states:
             self.start(**states)
-        n = self.args.n_epochs
-        self.run.progress([iterations] * n if isinstance(iterations, int) else iterations, batch_size, done)
-        for epoch in range(self.run.next_epoch, n):
-            self.epoch = epoch
-            yield epoch
-
-    def batches(self, split: Split) -> Batches:
-        """Shuffled passes over a split in batches of --batch_size: of several processes, a share of each."""
-        size = self.args.batch_size
-        one_left = len(split) % size == 1  # would stop BatchNorm on a 1x1 map
-        return split.batches(size, True, one_left, self.runtime.device, share=distributed.share)
+        self.run.progress(iterations, batch_size, done)
+        yield from range(self.run.next_epoch, self.args.n_epochs)
 
     def step(self, loss: Tensor, optimizer: Optimizer) -> Tensor:
         """One update of what the optimiser trains; returns the loss (0-d), detached."""
@@ -168,10 +149,10 @@ class Session:
     def record(self, losses: dict, pictures: Callable[[], Tensor] | None = None, **more) -> None:
         """Test the student and keep the epoch; every --sample_every epochs, and at the end, a grid of pictures."""
         percent, scores = self.evaluate(self.student)
-        number = self.epoch + 1
+        number = self.run.next_epoch + 1
         if pictures and (every := self.args.sample_every) and (number % every == 0 or number == self.args.n_epochs):
             self.run.images(f"epoch{number:04}", pictures())
-        self.run.end_epoch(self.epoch, percent, losses, self.student, self.metadata, **scores, **more)
+        self.run.end_epoch(number - 1, percent, losses, self.student, self.metadata, **scores, **more)
 
     def evaluate(self, network: nn.Module) -> tuple[float, dict]:
         """The test score in percent of a network, in eval mode, and further scores by name."""
@@ -183,22 +164,14 @@ class Session:
         scores = measure(network, self.data, self.transform, self.runtime)
         return scores.pop(self.score), scores
 
-    def _standard_error(self, percent: float) -> float | None:
-        return None if self.score != "Acc@1" else sqrt(percent * (100 - percent) / len(self.data.test))
-
-    def _error_text(self, percent: float) -> str:
-        error = self._standard_error(percent)
-        return "" if error is None else f" (standard error {error:.2f})"
-
     def finish(self, **facts) -> dict:
         """Close the run and write its record, whose content is returned. `facts`: what the script adds."""
-        data, args = self.data, self.args
+        data, args, percent = self.data, self.args, self.run.percent
         about = dict(dataset=data.name, fingerprint=data.fingerprint, test_images=len(data.test or ()))
-        about |= dict(standard_error=self._standard_error(self.run.percent), published=self.published)
+        about |= dict(standard_error=metrics.standard_error(self.score, percent, data), published=self.published)
         if self.teacher is not None:
             about |= dict(teacher=args.teacher, student=args.student, teacher_accuracy=self.teacher_score)
             about |= dict(teacher_weights=self.teacher_record)
-        names = ("Acc@5", "iou_", "pixel_", "mean_acc", "frequency")
-        if scores := {k: v for k, v in self.run.rows[-1].items() if k.startswith(names)}:
-            about["last_scores"] = scores
+        if further := {k: v for k, v in self.run.rows[-1].items() if k.startswith(metrics.FURTHER)}:
+            about["last_scores"] = further
         return self.run.finish(**(about | facts))

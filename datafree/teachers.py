@@ -156,7 +156,7 @@ def load_teacher(
         raise UsageError(f"teacher {path} knows the classes {classes}: {cure}")
     record = dict(file=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     record |= {k: known.get(k) for k in ("recipe", "run", "epoch")}
-    return teacher.eval().requires_grad_(False), record | {"card_score": known.get("accuracy", known.get("mIoU"))}
+    return teacher.eval().requires_grad_(False), record | {"score": known.get("accuracy", known.get("mIoU"))}
 
 
 def _few(names) -> str:

@@ -15,20 +15,18 @@ class AlexNet(nn.Module):
     def __init__(self, num_classes: int = 10, channels: int = 3, divide: int = 1):
         super().__init__()
         a, b, c, d, hidden = (w // divide for w in (64, 192, 384, 256, 4096))
-        # fmt: off
         self.features = nn.Sequential(
             nn.Conv2d(channels, a, 11, stride=4, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2),
             nn.Conv2d(a, b, 5, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2),
             nn.Conv2d(b, c, 3, padding=1), nn.ReLU(inplace=True),
             nn.Conv2d(c, d, 3, padding=1), nn.ReLU(inplace=True),
             nn.Conv2d(d, d, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2),
-        )
+        )  # fmt: skip
         self.avgpool = nn.AdaptiveAvgPool2d(6)
         self.classifier = nn.Sequential(
             nn.Dropout(), nn.Linear(d * 6 * 6, hidden), nn.ReLU(inplace=True),
             nn.Dropout(), nn.Linear(hidden, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, num_classes),
-        )
-        # fmt: on
+        )  # fmt: skip
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         x = self.avgpool(self.features(x)).flatten(1)

@@ -21,16 +21,16 @@ def _made(make, is_generator=False):
         network = make(*args, **kwargs)
         if is_generator:
             network.register_forward_pre_hook(_share_latents)
+            distributed.synchronize(network)
         else:
             distributed.join(network)
-        distributed.synchronize(network)
         return network
 
     return join
 
 
 def pytest_configure(config):
-    distributed.begin()
+    distributed.meet()
     models.get_model = _made(models.get_model)
     models.get_segmenter = _made(models.get_segmenter)
     models.get_generator = _made(models.get_generator, is_generator=True)

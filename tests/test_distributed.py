@@ -139,7 +139,7 @@ from datafree.cli import cli
 from datafree.errors import UsageError
 
 def main(args):
-    distributed.begin()
+    distributed.meet()
     if distributed.RANK == 1:
         raise UsageError("this machine has no data: copy it")
     distributed.mean(torch.zeros(()))  # the other one waits for it

@@ -21,10 +21,9 @@ Losses = dict[str, Tensor]  # scalars by name
 Tick = Callable[[Tensor], None]  # is told the loss of each update
 # Distances of student and teacher, (s_logits, t_logits, T) -> scalar.
 CRITERIA = {"kl": kd_loss, "l1": lambda s_logits, t_logits, T=1.0: l1_loss(s_logits, t_logits)}
-# fmt: off
 # The student's part of every published recipe, and the generator of those that have one.
 STUDENT = dict(n_epochs=200, warmup=0, ep_steps=400, kd_steps=400, batch_size=256, synthesis_batch_size=256, lr=0.1,
-               weight_decay=1e-4, criterion="kl", T=20.0)
+               weight_decay=1e-4, criterion="kl", T=20.0)  # fmt: skip
 GENERATOR = dict(generator="fast", nz=256, ngf=64)
 # What a recipe can set, flag -> help; their types are in datafree.cli.
 FLAGS = {
@@ -37,8 +36,7 @@ FLAGS = {
     "lr_g": "learning rate of the generator (deepinv: of the pixels)", "adv": "weight of the adversarial term",
     "bn": "weight of the BatchNorm statistics", "oh": "weight of the cross-entropy",
     "generator": "one of %(choices)s", "nz": "length of a latent", "ngf": "width of the generator",
-}
-# fmt: on
+}  # fmt: skip
 TYPES |= {"criterion": dict(choices=CRITERIA), "generator": dict(choices=GENERATORS, metavar="NAME")}
 
 

@@ -195,16 +195,14 @@ class MemoryBank:
         return rows
 
 
-# fmt: off
 RECIPE = STUDENT | GENERATOR | dict(g_steps=200, lr_g=1e-3, adv=0.5, bn=1.0, oh=1.0, cr=0.8, cr_T=0.2, bank_size=40960,
-                                    n_neg=4096, head_dim=256, feature_layers="bn")
+                                    n_neg=4096, head_dim=256, feature_layers="bn")  # fmt: skip
 FLAGS = {
     "cr": "weight of the contrastive loss", "cr_T": "temperature of the contrastive loss",
     "bank_size": "images in the memory bank", "n_neg": "of the bank, negatives of a step",
     "head_dim": "output size of the instance discriminator",
     "feature_layers": "what it sees: the means of what enters the BatchNorm layers, or the stages of a ResNet",
-}
-# fmt: on
+}  # fmt: skip
 
 
 def adjust(teacher: str, g_steps: int | None) -> dict[str, str]:

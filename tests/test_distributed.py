@@ -86,7 +86,7 @@ def test_reference_numbers_hold_on_two_ranks():
             2, "--no-python", sys.executable, "-m", "pytest", "-p", "on_ranks", "-q", "-p", "no:cacheprovider", *cases
         )
     )
-    assert end.returncode == 0 and end.stdout.count("2 passed") == 2, end.stdout
+    assert end.returncode == 0 and end.stdout.count("[100%]") == 2, end.stdout
 
 
 def dafl(out, *flags):
@@ -111,7 +111,8 @@ def test_a_killed_rank_restarts_the_job(tmp_path):
         text = job.communicate()[0]
     assert job.returncode == 0 and "resumed after epoch" in text, text
     one, two = tensors(weights(tmp_path / "whole")), tensors(weights(tmp_path / "killed"))
-    assert all(torch.equal(torch.as_tensor(one[k]), torch.as_tensor(two[k])) for k in one)
+    same = [torch.equal(v, two[k]) if isinstance(v, torch.Tensor) else v == two[k] for k, v in one.items()]
+    assert len(same) > 20 and all(same)
 
 
 @pytest.mark.parametrize("first, second", [(1, 2), (2, 1)])

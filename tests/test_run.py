@@ -4,10 +4,7 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -27,8 +24,6 @@ from datafree import checkpoint
 from datafree.cli import cli
 from datafree.errors import TimeLimit
 from datafree.session import Session
-
-ROOT = Path(__file__).parent.parent
 
 
 class Case(NamedTuple):
@@ -146,21 +141,21 @@ def test_resume_after_any_epoch_is_bit_identical(whole, stop, tmp_path, checkpoi
     )
 
 
-def test_resume_after_a_kill_in_mid_epoch_is_bit_identical(tmp_path, checkpoints):
+def test_resume_after_a_kill_in_mid_epoch_is_bit_identical(tmp_path, checkpoints, forks):
     def argv(out):
-        return [sys.executable, str(ROOT / "DAFL_train.py"), *command(DAFL, out, checkpoints, "--iterations", "12")]
+        return command(DAFL, out, checkpoints, "--iterations", "12")
 
-    subprocess.run(argv(tmp_path / "whole"), check=True, capture_output=True)
-    process = subprocess.Popen(argv(tmp_path / "killed"), stdout=subprocess.DEVNULL)
+    assert forks.run("DAFL_train", argv(tmp_path / "whole")).code == 0
+    job = forks.start("DAFL_train", argv(tmp_path / "killed"))
     last = tmp_path / "killed" / DAFL.folder("--iterations", "12") / "last.pt"
     while not last.exists():
-        assert process.poll() is None
+        assert not (job / "end.json").exists(), forks.wait(job)
         time.sleep(0.01)
     time.sleep(0.1)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    os.kill(int((job / "pid").read_text()), signal.SIGKILL)
+    assert forks.wait(job).code == -signal.SIGKILL
     assert states(tmp_path / "killed", DAFL, "--iterations", "12")[3] < 3
-    subprocess.run([*argv(tmp_path / "killed"), "--resume"], check=True, capture_output=True)
+    assert forks.run("DAFL_train", [*argv(tmp_path / "killed"), "--resume"]).code == 0
     assert equal(
         states(tmp_path / "killed", DAFL, "--iterations", "12"), states(tmp_path / "whole", DAFL, "--iterations", "12")
     )

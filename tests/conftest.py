@@ -31,6 +31,12 @@ def forks(tmp_path_factory):
     server.close()
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Runs draw no accuracy.png, a tenth of their time, but for those of commands and of fixtures of a wider scope."""
+    monkeypatch.setattr("datafree.run.plot_accuracy", lambda *_: None)
+
+
 @pytest.fixture
 def refused(capsys):
     """Run a script's command line; check that it ends in one line and code 2, and return it."""

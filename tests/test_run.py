@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import time
 from typing import NamedTuple
@@ -228,23 +229,17 @@ def test_generated_images_are_written(whole):
         assert image.size[0] == columns * 34 + 2 and bright - dark > 50
 
 
-def test_seed_decides_the_run(whole, tmp_path, checkpoints):
-    case, out = whole
-    ends = []
-    for place, seed in (("a", ()), ("b", ()), ("a", ("--seed", "1"))):
-        argv = command(case, tmp_path / place, checkpoints, "--n_epochs", "2", *seed)
-        ends.append((run(case.script, *argv)["last"], states(tmp_path / place, case, "--n_epochs", "2", *seed)[0]))
-    first, again, other = ends
-    assert equal(first, again) and not equal(first[1], other[1])
-
-
-def test_earlier_run_is_set_aside(whole, tmp_path, checkpoints):
+def test_seed_decides_the_run_and_an_earlier_one_is_set_aside(whole, tmp_path, checkpoints):
     case, _ = whole
-    argv = command(case, tmp_path, checkpoints, "--n_epochs", "2")
-    for _ in range(3):
-        run(case.script, *argv)
+    ends, seeds = [], ((), (), (), ("--seed", "1"))
+    for seed in seeds:
+        argv = command(case, tmp_path, checkpoints, "--n_epochs", "2", *seed)
+        ends.append((run(case.script, *argv)["last"], states(tmp_path, case, "--n_epochs", "2", *seed)[0]))
+    first, *again, other = ends
+    assert all(equal(first, end) for end in again) and not equal(first[1], other[1])
     folders = {p.name for p in tmp_path.iterdir()} - {"checkpoints", "wild_scans", ".locks"}
-    assert folders == {case.folder("--n_epochs", "2") + end for end in ("", ".1", ".2")}
+    name, *_, seeded = (case.folder("--n_epochs", "2", *seed) for seed in seeds)
+    assert folders == {name, f"{name}.1", f"{name}.2", seeded}
 
 
 def test_other_flags_are_another_run(whole):
@@ -256,11 +251,10 @@ def test_other_flags_are_another_run(whole):
 
 
 def test_resume_with_other_flags_than_the_run_in_the_folder_is_refused(whole, tmp_path, checkpoints, refused):
-    case, _ = whole
-    argv = command(case, tmp_path, checkpoints, "--n_epochs", "2")
-    run(case.script, *argv)
-    moved = tmp_path / case.folder("--n_epochs", "2", "--seed", "5")
-    (tmp_path / case.folder("--n_epochs", "2")).rename(moved)
+    case, out = whole
+    argv = command(case, tmp_path, checkpoints)
+    moved = tmp_path / case.folder("--seed", "5")
+    shutil.copytree(out / case.folder(), moved)
     (moved / "result.json").unlink()
     before = (moved / "last.pt").read_bytes()
     assert "--seed was 0" in refused(case.script, *argv, "--resume", "--seed", "5")

@@ -23,7 +23,8 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from datafree import checkpoint, runtime  # noqa: E402
+from datafree import checkpoint, session  # noqa: E402
+from datafree.runtime import Runtime  # noqa: E402
 
 
 class Backend(_DummyBackendModule):
@@ -122,9 +123,9 @@ def new_tensor(data, *, dtype=None, device=None):
 cpu_tensor, torch.tensor = torch.tensor, new_tensor
 
 
-def setup(args, real=runtime.setup):
+def setup(args, real=session.setup):
     real(args)
-    return runtime.Runtime(DEVICE, "fp32")
+    return Runtime(DEVICE, "fp32")
 
 
 def save(content, path, real=checkpoint.save):
@@ -138,7 +139,7 @@ def read(path, device="cpu", real=checkpoint.read):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.__future__.set_swap_module_params_on_conversion(True)
-    runtime.setup, checkpoint.save, checkpoint.read = setup, save, read
+    session.setup, checkpoint.save, checkpoint.read = setup, save, read
     script = importlib.import_module(sys.argv[1])
     with Everything():
         for flags in sys.argv[2:]:

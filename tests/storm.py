@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import datetime
 import functools
+import gc
 import hashlib
 import importlib
 import io
@@ -73,6 +74,10 @@ NEEDS = {
     "DFND_train": ["--wild", "digits"],
     "reproduce": ["mmrazor-01", "--dry-run"],
     "compare": ["--format", "csv", "--out", "table.csv"],
+    # A smaller batch, or one that makes fewer steps of an epoch: sixteen would take seconds.
+    "bench": ["--batch_size", "2"],
+    "teacher_train": ["--batch_size", "256"],
+    "vanilla_kd": ["--batch_size", "256"],
 }
 NOT_RUN = {"readme"}  # writes into this repository
 LONG = {"quickstart": 3}  # what has no short run, and the seconds after which it is taken to be at work
@@ -154,10 +159,11 @@ def parsed(name: str, argv: list[str]) -> tuple[argparse.Namespace | None, str]:
 def tiny(name: str) -> tuple[str, ...]:
     """The flags of a script's shortest run."""
     argv, have = list(NEEDS.get(name, ())), {action.dest: action for action in flags_of(name)}
-    for dest, values in TINY.items():
-        for value in values if isinstance(values, tuple) else (values,):
+    free = [dest for dest in TINY if dest in have and f"--{dest}" not in argv]
+    for dest in free:
+        for value in TINY[dest] if isinstance(TINY[dest], tuple) else (TINY[dest],):
             more = [f"--{dest}", str(value)]
-            if dest in have and (have[dest].choices or have[dest].type) and parsed(name, argv + more)[0]:
+            if (have[dest].choices or have[dest].type) and parsed(name, argv + more)[0]:
                 argv += more
     return tuple(argv)
 
@@ -230,7 +236,10 @@ class End:
 
 
 class Server:
-    """An interpreter that has imported all scripts and run none: `run` runs a command in a fork of it."""
+    """An interpreter that has imported all scripts and run none: `run` runs a command in a fork of it.
+
+    A command is a script's name, or any Python file's path without its suffix, and its flags.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.n = folder, 0
@@ -246,13 +255,13 @@ class Server:
         return job
 
     def start(
-        self, name: str, argv: Sequence, seconds: float = LIMIT, kill_at: int = 0, job: Path | None = None
+        self, name: str | Path, argv: Sequence, seconds: float = LIMIT, kill_at: int = 0, job: Path | None = None
     ) -> Path:
         """Begin a command in its own folder; it is killed after `seconds`, or at its `kill_at`-th file operation."""
         job = job or self.new_job()
         for stream in ("stdout", "stderr"):
             (job / stream).touch()
-        about = dict(script=name, argv=list(map(str, argv)), job=str(job), seconds=seconds, kill_at=kill_at)
+        about = dict(script=str(name), argv=list(map(str, argv)), job=str(job), seconds=seconds, kill_at=kill_at)
         self.process.stdin.write(json.dumps(about) + "\n")
         self.process.stdin.flush()
         return job
@@ -282,6 +291,7 @@ def serve() -> None:
     torch.set_num_threads(1)
     scripts()
     importlib.import_module("sklearn.datasets")  # what runs import later
+    gc.freeze()  # else each fork's collections would look at all of it, and so copy it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     print("ready", flush=True)
     for line in sys.stdin:
@@ -412,8 +422,8 @@ def finish_of(out: Path) -> dict[str, str]:
 class Storm:
     """Where scripts run and are stopped: a server, data, and the teachers that the scripts ask for."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.server, self.outs = folder, Server(folder / "jobs"), 0
+    def __init__(self, folder: Path, server: Server):
+        self.folder, self.server, self.outs = folder, server, 0
         self.checkpoints, self.ready, self.wholes = folder / "checkpoints", set(), {}
         segmentation_data(folder / "data")
 
@@ -497,9 +507,6 @@ class Storm:
             shutil.rmtree(job, ignore_errors=True)
         return end, wrong
 
-    def close(self) -> None:
-        self.server.close()
-
 
 def hostile_flags(name: str) -> list[argparse.Action]:
     """The flags to try in runs of a script."""
@@ -521,7 +528,8 @@ def storm(minutes: float, seed: int, folder: Path) -> dict:
     rng, begun, said = random.Random(seed), time.monotonic(), 0.0
     counts = dict.fromkeys("inputs one_liners accepted tracebacks hangs kills finishes identical".split(), 0)
     record = dict(date=datetime.datetime.now().astimezone().isoformat(), seed=seed, minutes=minutes, commit=commit())
-    failures, place = [], Storm(folder)
+    failures, server = [], Server(folder / "jobs")
+    place = Storm(folder, server)
     killable = [n for n in scripts() if {"resume", "n_epochs"} <= {a.dest for a in parser_of(n)._actions}]
     words = functools.cache(lambda name, i: run_words(hostile_flags(name)[i]))
     while time.monotonic() - begun < 60 * minutes:
@@ -555,7 +563,7 @@ def storm(minutes: float, seed: int, folder: Path) -> dict:
             print(
                 f"{(said - begun) / 60:.1f} min: {', '.join(f'{n} {name}' for name, n in counts.items())}", flush=True
             )
-    place.close()
+    server.close()
     return record | counts | dict(failures=failures)
 
 

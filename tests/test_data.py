@@ -7,8 +7,6 @@ import os
 import pickle
 import socket
 import struct
-import subprocess
-import sys
 import urllib.error
 from pathlib import Path
 
@@ -529,7 +527,7 @@ def test_svhn(tmp_path, monkeypatch):
     expect_error("damaged", name="svhn", root=tmp_path)
 
 
-def test_caltech101(tmp_path):
+def test_caltech101(tmp_path, forks):
     place = tmp_path / "caltech101" / "101_ObjectCategories"
     for c, (name, n) in enumerate({"BACKGROUND_Google": 4, "ant": 4, "bass": 23}.items()):
         (place / name).mkdir(parents=True)
@@ -548,9 +546,8 @@ def test_caltech101(tmp_path):
     for _ in range(2):
         split_caltech101.main(place.parent)
     assert sorted(p.name for p in (place.parent / "test" / "bass").iterdir()) == test
-    command = [sys.executable, "-m", "data.split_caltech101", tmp_path / "none"]
-    end = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert end.returncode and end.stderr.startswith("no class folders in ") and end.stderr.count("\n") == 1
+    end = forks.run("data/split_caltech101", [tmp_path / "none"])
+    assert end.code and end.stderr.startswith("no class folders in ") and end.stderr.count("\n") == 1
     for path in (place / "ant").iterdir():
         path.unlink()
     expect_error("0 image(s)", "ant", name="caltech101", root=tmp_path)

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import struct
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -20,7 +19,6 @@ from PIL import Image
 
 from data import DataError, Source, TensorSplit, folder, get_dataset, get_images, get_segmentation, get_wild
 
-ROOT = Path(__file__).resolve().parents[1]
 READ = """
 import signal, sys
 from pathlib import Path
@@ -62,7 +60,7 @@ def pipe(path):
     os.mkfifo(path)
 
 
-def test_pipes_and_devices_are_not_opened(tmp_path):
+def test_pipes_and_devices_are_not_opened(tmp_path, forks):
     """In a process of its own, which would hang."""
     mnist = [f"{s}-{k}-ubyte" for s in ("train", "t10k") for k in ("images-idx3", "labels-idx1")]
     celeba = ["list_attr_celeba.txt", "list_eval_partition.txt", "img_align_celeba"]
@@ -85,8 +83,8 @@ def test_pipes_and_devices_are_not_opened(tmp_path):
     calls += [f"get_wild('{path}', '.', 8, 3)" for path in (tmp_path / "wild.zip", "/dev/zero")]
     calls += [f"get_segmentation('{name}', '{tmp_path}')" for name in ("camvid", "nyuv2")]
     pipe(classes(tmp_path / "cached") / ".datafree-8x3.pt")
-    command = [sys.executable, "-c", READ, *calls, f"get_dataset('folder', '{tmp_path / 'cached'}')"]
-    end = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    (tmp_path / "read.py").write_text(READ)
+    end = forks.run(tmp_path / "read", [*calls, f"get_dataset('folder', '{tmp_path / 'cached'}')"], seconds=120)
     *lines, cached = end.stdout.splitlines()
     assert len(lines) == len(calls) and (cached, end.stderr) == ("read", ""), end
     assert all("no regular file" in line for line in lines), lines

@@ -23,10 +23,8 @@ KILLABLE = [  # segmentation takes too long here: scripts/storm.sh kills it, too
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    place = storm.Storm(tmp_path_factory.mktemp("storm"))
-    yield place
-    place.close()
+def place(tmp_path_factory, forks):
+    return storm.Storm(tmp_path_factory.mktemp("storm"), forks)
 
 
 @pytest.mark.parametrize("name", storm.scripts())

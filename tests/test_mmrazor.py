@@ -1,6 +1,8 @@
 """MMRazor's DAFL, DFAD and ZSKT agree with steps of the published code."""
 
+import copy
 import csv
+import functools
 from contextlib import nullcontext
 
 import pytest
@@ -49,6 +51,12 @@ def test_loss(entry):
         close(0 if gradient is None else gradient.norm(), norm)
 
 
+@functools.cache
+def filled(name):
+    """A classifier with the reference's weights, to be copied where it is changed."""
+    return fill(get_model(name)).requires_grad_(False)
+
+
 def networks(case):
     """Generator, teacher and student of a case, in the modes that the procedures name, and its optimisers."""
     settings = case["settings"]
@@ -57,7 +65,7 @@ def networks(case):
         settings["generator"].removeprefix("mmrazor/"), "zskt"
     )
     generator = fill_as(get_generator(name, settings["latent_size"]), published).train()
-    teacher, student = fill(get_model("resnet34")).requires_grad_(False), fill(get_model("resnet18")).train()
+    teacher, student = filled("resnet34"), copy.deepcopy(filled("resnet18")).requires_grad_().train()
     rates = case["iterations"][0]["learning_rates"]
     optimizers = {}
     for network, role in ((generator, "generator"), (student, "student")):

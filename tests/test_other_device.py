@@ -2,11 +2,9 @@
 
 import json
 import shlex
-import subprocess
-import sys
 
 import pytest
-from test_run import CASES, ROOT, command
+from test_run import CASES, command
 from torch.utils import backend_registration
 
 SCRIPTS = sorted({case.script.__name__ for case in CASES.values()})
@@ -17,11 +15,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def waits(script, *runs):
+def waits(forks, script, *runs):
     """Run a script with each of these flags; returns where it waits in its epochs."""
-    command = [sys.executable, ROOT / "tests" / "other_device.py", script, *map(shlex.join, runs)]
-    end = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert end.returncode == 0, end.stderr[-2000:]
+    end = forks.run("tests/other_device", [script, *map(shlex.join, runs)], seconds=600)
+    assert end.code == 0 and "on fakegpu" in end.stdout, end.stderr[-2000:]
     return json.loads(end.stdout.splitlines()[-1])
 
 
@@ -43,17 +40,15 @@ print(sum(other_device.waits.values()))
 """
 
 
-def test_such_a_device_notices_faults():
-    out = subprocess.run(
-        [sys.executable, "-c", FAULTY], capture_output=True, text=True, cwd=ROOT / "tests", check=True
-    ).stdout
-    assert out == "aten.add.Tensor mixes tensors of fakegpu and of the CPU\n4\n"
+def test_such_a_device_notices_faults(tmp_path, forks):
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    assert forks.run(tmp_path / "faulty", []).stdout == "aten.add.Tensor mixes tensors of fakegpu and of the CPU\n4\n"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_two_epochs_and_a_resumed_one(script, tmp_path, checkpoints):
+def test_two_epochs_and_a_resumed_one(script, tmp_path, checkpoints, forks):
     cases = [case for case in CASES.values() if case.script.__name__ == script]
     epochs = (["--n_epochs", "2"], ["--n_epochs", "3", "--resume"])
     runs = [command(case, tmp_path, checkpoints, *flags) for case in cases for flags in epochs]
-    assert waits(script, *runs) == {}
+    assert waits(forks, script, *runs) == {}
     assert all((tmp_path / case.folder("--n_epochs", "3") / "result.json").exists() for case in cases)

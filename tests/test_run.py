@@ -3,11 +3,9 @@
 import csv
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -27,8 +25,6 @@ from datafree import checkpoint
 from datafree.cli import cli
 from datafree.errors import TimeLimit
 from datafree.session import Session
-
-ROOT = Path(__file__).parent.parent
 
 
 class Case(NamedTuple):
@@ -146,21 +142,21 @@ def test_resume_after_any_epoch_is_bit_identical(whole, stop, tmp_path, checkpoi
     )
 
 
-def test_resume_after_a_kill_in_mid_epoch_is_bit_identical(tmp_path, checkpoints):
+def test_resume_after_a_kill_in_mid_epoch_is_bit_identical(tmp_path, checkpoints, forks):
     def argv(out):
-        return [sys.executable, str(ROOT / "DAFL_train.py"), *command(DAFL, out, checkpoints, "--iterations", "12")]
+        return command(DAFL, out, checkpoints, "--iterations", "12")
 
-    subprocess.run(argv(tmp_path / "whole"), check=True, capture_output=True)
-    process = subprocess.Popen(argv(tmp_path / "killed"), stdout=subprocess.DEVNULL)
+    assert forks.run("DAFL_train", argv(tmp_path / "whole")).code == 0
+    job = forks.start("DAFL_train", argv(tmp_path / "killed"))
     last = tmp_path / "killed" / DAFL.folder("--iterations", "12") / "last.pt"
     while not last.exists():
-        assert process.poll() is None
+        assert not (job / "end.json").exists(), forks.wait(job)
         time.sleep(0.01)
     time.sleep(0.1)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    os.kill(int((job / "pid").read_text()), signal.SIGKILL)
+    assert forks.wait(job).code == -signal.SIGKILL
     assert states(tmp_path / "killed", DAFL, "--iterations", "12")[3] < 3
-    subprocess.run([*argv(tmp_path / "killed"), "--resume"], check=True, capture_output=True)
+    assert forks.run("DAFL_train", [*argv(tmp_path / "killed"), "--resume"]).code == 0
     assert equal(
         states(tmp_path / "killed", DAFL, "--iterations", "12"), states(tmp_path / "whole", DAFL, "--iterations", "12")
     )
@@ -233,23 +229,17 @@ def test_generated_images_are_written(whole):
         assert image.size[0] == columns * 34 + 2 and bright - dark > 50
 
 
-def test_seed_decides_the_run(whole, tmp_path, checkpoints):
-    case, out = whole
-    ends = []
-    for place, seed in (("a", ()), ("b", ()), ("a", ("--seed", "1"))):
-        argv = command(case, tmp_path / place, checkpoints, "--n_epochs", "2", *seed)
-        ends.append((run(case.script, *argv)["last"], states(tmp_path / place, case, "--n_epochs", "2", *seed)[0]))
-    first, again, other = ends
-    assert equal(first, again) and not equal(first[1], other[1])
-
-
-def test_earlier_run_is_set_aside(whole, tmp_path, checkpoints):
+def test_seed_decides_the_run_and_an_earlier_one_is_set_aside(whole, tmp_path, checkpoints):
     case, _ = whole
-    argv = command(case, tmp_path, checkpoints, "--n_epochs", "2")
-    for _ in range(3):
-        run(case.script, *argv)
+    ends, seeds = [], ((), (), (), ("--seed", "1"))
+    for seed in seeds:
+        argv = command(case, tmp_path, checkpoints, "--n_epochs", "2", *seed)
+        ends.append((run(case.script, *argv)["last"], states(tmp_path, case, "--n_epochs", "2", *seed)[0]))
+    first, *again, other = ends
+    assert all(equal(first, end) for end in again) and not equal(first[1], other[1])
     folders = {p.name for p in tmp_path.iterdir()} - {"checkpoints", "wild_scans", ".locks"}
-    assert folders == {case.folder("--n_epochs", "2") + end for end in ("", ".1", ".2")}
+    name, *_, seeded = (case.folder("--n_epochs", "2", *seed) for seed in seeds)
+    assert folders == {name, f"{name}.1", f"{name}.2", seeded}
 
 
 def test_other_flags_are_another_run(whole):
@@ -261,11 +251,10 @@ def test_other_flags_are_another_run(whole):
 
 
 def test_resume_with_other_flags_than_the_run_in_the_folder_is_refused(whole, tmp_path, checkpoints, refused):
-    case, _ = whole
-    argv = command(case, tmp_path, checkpoints, "--n_epochs", "2")
-    run(case.script, *argv)
-    moved = tmp_path / case.folder("--n_epochs", "2", "--seed", "5")
-    (tmp_path / case.folder("--n_epochs", "2")).rename(moved)
+    case, out = whole
+    argv = command(case, tmp_path, checkpoints)
+    moved = tmp_path / case.folder("--seed", "5")
+    shutil.copytree(out / case.folder(), moved)
     (moved / "result.json").unlink()
     before = (moved / "last.pt").read_bytes()
     assert "--seed was 0" in refused(case.script, *argv, "--resume", "--seed", "5")

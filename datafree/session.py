@@ -13,11 +13,11 @@ from datafree import checkpoint, metrics
 from datafree.augment import Transform
 from datafree.errors import UsageError
 from datafree.fold import fold_batch_norm
-from datafree.inputs import open_data
+from datafree.inputs import open_data, trial_images
 from datafree.run import Run, column_of, finished
 from datafree.runtime import setup
-from datafree.teachers import find_teacher, load_teacher, own_weights
-from models import get_generator, get_model, get_segmenter
+from datafree.teachers import check_network, find_teacher, load_teacher, own_weights
+from models import NetworkError, defaults_of, get_generator, get_model, get_segmenter, is_program
 
 
 class Session:
@@ -51,12 +51,16 @@ class Session:
         self.runtime = setup(args)
         taught = taught and not args.evaluate_only
         path = find_teacher(args, segmentation) if taught else own_weights(args) if args.evaluate_only else None
-        content = checkpoint.read(path) if path else {}
+        program = taught and is_program(args.teacher)
+        content = None if program else checkpoint.read(path) if path else {}
         known = checkpoint.metadata_of(content, path, args)
+        if taught:
+            known = {k: v for k, v in defaults_of(args.teacher).items() if getattr(args, k) is None} | known
         self.data = open_data(args, known, train and not args.evaluate_only, segmentation).to(self.runtime.device)
         args.fingerprint = self.data.fingerprint  # a run goes on with the same data and teacher only
         self.score = "mIoU" if segmentation else "Acc@1" if self.data.test is not None else "agreement"
-        name = args.student if "student" in args else args.model
+        role = "student" if "student" in args else "model"
+        name = getattr(args, role)
         self.student = self._build(name, self.data.num_classes, self.data.channels)
         self.teacher, self.teacher_metadata, self.teacher_record = None, known, None
         if taught:
@@ -66,6 +70,9 @@ class Session:
         elif args.evaluate_only:
             checkpoint.load_weights(self.student, content, path, name)
         self.runtime.place(self.student)
+        if not segmentation:
+            for network, flag in ((self.student, role), (self.teacher, "teacher"))[: 1 + taught]:
+                check_network(network, f"--{flag} {getattr(args, flag)}", self.data, self.runtime)
         self.transform = Transform.of(self.data, known, area)
         self.metadata = checkpoint.metadata(name, self.data, self.transform, run=args.run_name)
         if args.evaluate_only:
@@ -74,12 +81,16 @@ class Session:
             self.result = {"weights": str(path), column_of(self.score): percent}
 
     def _build(self, name: str, num_classes: int, channels: int) -> nn.Module:
-        return get_segmenter(name, num_classes) if self.segmentation else get_model(name, num_classes, channels)
+        try:
+            return get_segmenter(name, num_classes) if self.segmentation else get_model(name, num_classes, channels)
+        except NetworkError as error:
+            raise UsageError(str(error)) from error
 
     @cached_property
     def folded_teacher(self) -> nn.Module:
         """The teacher with each BatchNorm that follows a convolution inside it: faster, the same logits."""
-        return fold_batch_norm(self.teacher)
+        x = None if self.segmentation else trial_images(self.data, self.runtime.device)
+        return fold_batch_norm(self.teacher, x)
 
     @cached_property
     def run(self) -> Run:

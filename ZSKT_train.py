@@ -92,7 +92,12 @@ def stage_outputs(network: nn.Module, wanted: bool = True) -> Iterator[list[Tens
     """
     stages = [m for name, m in network.named_children() if wanted and re.fullmatch(r"(layer|block)\d", name)]
     maps = []
-    handles = [m.register_forward_hook(lambda _module, _given, y: maps.append(y)) for m in stages]
+
+    def keep(_module: nn.Module, _given: tuple, y: object) -> None:
+        if isinstance(y, Tensor) and y.dim() == 4:
+            maps.append(y)
+
+    handles = [m.register_forward_hook(keep) for m in stages]
     try:
         yield maps
     finally:

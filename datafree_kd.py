@@ -267,7 +267,10 @@ def leave_out_batch_norm(args: argparse.Namespace, teacher: nn.Module) -> str:
     lack = f"teacher {args.teacher} has no BatchNorm layers"
     if features or not args.bn_is_default:
         weight = "--cr" if features else "--bn"
-        raise UsageError(f"{lack}, which {weight} reads: give {weight} 0, or a teacher that has them")
+        others = [
+            name for name, method in METHODS.items() if not {"bn", "cr"} & {k for k, v in method.recipe.items() if v}
+        ]
+        raise UsageError(f"{lack}, which {weight} reads: give {weight} 0, or take --method {' or '.join(others)}")
     args.bn = 0.0
     if not any(getattr(args, term) for term in METHODS[args.method].family.terms):
         raise UsageError(f"{lack} and all other weights are 0: give one of them, or a teacher that has them")

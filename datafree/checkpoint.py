@@ -93,8 +93,8 @@ def read(path: str | Path, device: str | torch.device = "cpu"):
             raise UsageError(
                 f"checkpoint {path} holds code, not only weights, and was not loaded: save its state_dict() alone"
             ) from error
-        if "TorchScript" in str(error):
-            raise UsageError(f"checkpoint {path} holds a whole network: give it as --teacher") from error
+        if "TorchScript" in str(error) or path.suffix == ".pt2":
+            raise UsageError(f"checkpoint {path} holds a whole network: give it as --teacher, alone") from error
         raise UsageError(f"checkpoint {path} is damaged or no checkpoint: make it again") from error
 
 
@@ -147,7 +147,8 @@ def load_weights(model: nn.Module, content: object, path: str | Path, architectu
         if wrong and last in state and state[last].dim() and all(k.startswith(last.rpartition(".")[0]) for k in wrong):
             text = f"checkpoint {path} has {len(state[last])} classes, the data set {len(own[last])}"
             raise UsageError(f"{text}: use weights trained for this data set") from error
-        raise UsageError(f"checkpoint {path} is for {made_for}, not {architecture}: {cure}") from error
+        size = f" ({wrong[0]} is {list(state[wrong[0]].shape)}, not {list(own[wrong[0]].shape)})" if wrong else ""
+        raise UsageError(f"checkpoint {path} is for {made_for}, not {architecture}{size}: {cure}") from error
     if missing or unexpected:
         lack = f"it lacks {len(missing)} of its tensors and has {len(unexpected)} others"
         raise UsageError(f"checkpoint {path} is for {made_for}, not {architecture} ({lack}): {cure}")

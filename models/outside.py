@@ -10,6 +10,7 @@ of people whom you trust. Nothing is downloaded.
 
 import hashlib
 import inspect
+import logging
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -152,13 +153,16 @@ def _read(network: nn.Module, given: tuple, output: object, num_classes: int) ->
 
 
 def _load_program(path: str) -> Program:
-    if path.endswith(".pt2"):
-        return Program(torch.export.load(path).module())
+    logging.disable(logging.WARNING)  # what is wrong is said in one line
     try:
+        if path.endswith(".pt2"):
+            return Program(torch.export.load(path).module())
         return Program(torch.jit.load(path, map_location="cpu").eval())
-    except RuntimeError as error:
-        text = f"{path} is no TorchScript archive: if it holds weights alone, give them as --teacher_ckpt"
-        raise NetworkError(f"{text}, and --teacher the network that they belong to") from error
+    except Exception as error:  # whatever a damaged archive leads to
+        text = f"{path} is damaged or no saved program: if it holds weights alone, give them as --teacher_ckpt"
+        raise NetworkError(f"{text}, and as --teacher the network that they belong to") from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _run(path: Path) -> ModuleType:

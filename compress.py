@@ -9,9 +9,9 @@
     A network that was never trained, or whose weights, --mean and --std are not its own, is found here, not after
     an hour; teacher_check.png shows the images.
  2. The student learns from images that a generator makes: by fast_meta (datafree_kd.py, Fast-5) where the teacher has
-    BatchNorm, whose statistics it reads, else by dafl (DAFL_train.py), or by --method. The recipe is the published
-    one; with grey images, or a student without BatchNorm, which diverges at its learning rates, that of the small
-    grey data sets. A few steps are measured, and the recipe is shortened to --minutes; the card says how far.
+    BatchNorm, whose statistics it reads, else by dafl (DAFL_train.py, without L_a), or by --method. The recipe is
+    the published one; for grey images, or a student without BatchNorm, which diverges at its learning rates, that
+    of the digits. A few steps are measured, and the recipe is shortened to --minutes; the card says how far.
     --n_epochs sets the length instead.
  3. student.pt is for the other scripts (--teacher_ckpt, --ckpt), student.safetensors the same without pickle.
     student.onnx takes pixels, its normalisation is inside, in batches of any size; its logits are compared with
@@ -131,12 +131,15 @@ def shared(args: Namespace, name: str | None) -> list[str]:
     return words({k: getattr(args, k) for k in SHARED} | dict(num_classes=classes, student=name))
 
 
-def check_teacher(s: Session, picture: Path) -> dict:
-    """What can be known of a teacher without data; images that it takes for its classes go to `picture`.
+def check_teacher(s: Session, out: Path, resume: bool) -> dict:
+    """What can be known of a teacher without data, if need be from an earlier command; kept in `out`, with a picture.
 
-    Raises UsageError where it takes none for any class.
+    Raises UsageError where no image is made that it takes for any class.
     """
-    name, norms = s.args.teacher, len(BatchNormHooks(s.teacher).layers)
+    name, norms, picture = s.args.teacher, len(BatchNormHooks(s.teacher).layers), out / "teacher_check.png"
+    about = {"sha256": s.teacher_record["sha256"], "mean": list(s.transform.mean), "std": list(s.transform.std)}
+    if resume and (old := read_json(out / "teacher_check.json")).items() >= about.items():
+        return old
     images, targets, sure = class_images(s, CHECK_STEPS)
     write_grid(picture, images)
     confidence = {s.data.class_names[c]: round(sure[targets == c].mean().item(), 4) for c in targets.unique().tolist()}
@@ -147,7 +150,17 @@ def check_teacher(s: Session, picture: Path) -> dict:
         raise UsageError(f"{text}: it is not trained, or the weights, --mean and --std are not its own")
     if weak := [name for name, value in confidence.items() if value < 0.5]:
         print(f"warning: it is hardly sure of {', '.join(weak[:9])}: the student may miss {len(weak)} classes")
-    return dict(batch_norms=norms, steps=CHECK_STEPS, confidence=confidence)
+    facts = about | dict(batch_norms=norms, steps=CHECK_STEPS, confidence=confidence)
+    checkpoint.write_json(out / "teacher_check.json", facts)
+    return facts
+
+
+def read_json(path: Path) -> dict:
+    """What an earlier command left; nothing where there is none. Raises UsageError if it is damaged."""
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({error}): delete it, or leave --resume out") from error
 
 
 def write_grid(path: Path, images: Tensor) -> None:
@@ -179,7 +192,7 @@ def choose_student(args: Namespace, data) -> str:
 def recipe_of(method: str, teacher: str, small: bool) -> tuple[ModuleType, str, dict]:
     """A method's script, the name of its steps of an epoch, and its recipe; `small`: that of the small grey sets."""
     if method == "dafl":
-        return DAFL_train, "iterations", DAFL_train.PRESETS["digits" if small else "cifar10"]
+        return DAFL_train, "iterations", DAFL_train.PRESETS["digits" if small else "cifar10"] | dict(a=0.0)
     if method == "dfad":
         presets = DFAD_mnist.PRESETS["mnist"] | dict(batch_size=128), DFAD_cifar.PRESETS["cifar10"]
         return DFAD_cifar, "epoch_itrs", presets[not small] | dict(scheduler=True)
@@ -209,7 +222,7 @@ def distil(args: Namespace, s: Session) -> tuple[Namespace, dict]:
     place, plan = Path(args.out) / "plan.json", {"for": common + shared(args, args.student) + [args.minutes or 5.0]}
     if args.n_epochs:
         plan |= dict(n_epochs=args.n_epochs, steps=args.steps or most[1])
-    elif args.resume and (old := read_plan(place)).get("for") == plan["for"]:
+    elif args.resume and (old := read_json(place)).get("for") == plan["for"]:
         plan = old
     else:
         print(f"{method}: measuring a few steps", flush=True)
@@ -246,14 +259,6 @@ def lengths(minutes: float, one: float, eleven: float, most: tuple[int, int]) ->
     if steps == most[1]:
         n_epochs = max(1, min(most[0], int(seconds / (rest + steps * step))))
     return n_epochs, steps
-
-
-def read_plan(path: Path) -> dict:
-    """What an earlier command settled on; nothing if there was none. Raises UsageError if the file is damaged."""
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged ({error}): delete it, and start without --resume") from error
 
 
 def kept_images(args: Namespace, s: Session, place: Path) -> list[Tensor]:
@@ -313,7 +318,7 @@ def main(args: Namespace) -> dict:
         text = f"--num_classes {args.num_classes}, but the data set has {s.data.num_classes} classes"
         raise UsageError(f"{text}: give the teacher's own data set, or none")
     checkpoint.check_writable(out, "--out")
-    check = check_teacher(s, out / "teacher_check.png")
+    check = check_teacher(s, out, args.resume)
     if same:
         network, metadata = s.teacher, s.metadata | dict(model=args.teacher)
         synthetic, unseen = kept_images(args, s, out / "images.pt")

@@ -96,14 +96,14 @@ def _watch(layers: Sequence[nn.Module], function: Callable[[Tensor], object], ha
 def features_of(network: nn.Module, wanted: bool = True) -> Iterator[list]:
     """A list that holds, once `network` has run in the block, its features and the layer that they enter.
 
-    That layer is `network.feature_layer` (a name) where it says one, else the last linear layer or 1x1 convolution that
-    ran. Not `wanted`: nothing is hooked, and the list stays empty.
+    That layer is named by `network.features_enter` where there is such an attribute, else it is the last linear layer or
+    1x1 convolution that ran. Not `wanted`: nothing is hooked, and the list stays empty.
     """
-    seen, name = [], getattr(network, "feature_layer", None)
+    seen, name = [], getattr(network, "features_enter", None)
     layers = [network.get_submodule(name)] if name else filter(_is_linear, network.modules())
 
     def keep(layer: nn.Module, given: tuple) -> None:
-        seen[:] = given[0], layer
+        seen[:] = *given[:1], layer
 
     with ExitStack() as handles:
         for layer in layers if wanted else ():
@@ -131,12 +131,12 @@ def settle_features(network: nn.Module, x: Tensor, name: str | None = None) -> N
         names = [key for key, _ in network.named_modules() if key]
         if name not in names:
             raise UsageError(f"--feature_layer {name}: there is no such layer, but {', '.join(names[-6:]) or 'none'}")
-        network.feature_layer = name
+        network.features_enter = name
     with features_of(network) as features:
         logits = network(x)
     if not features or not isinstance(features[0], Tensor):
         raise UsageError(text + cure)
-    if not getattr(network, "feature_layer", None) and len(features[1].weight) != logits.shape[1]:
+    if not getattr(network, "features_enter", None) and len(features[1].weight) != logits.shape[1]:
         raise UsageError(f"{text}its last linear layer has {len(features[1].weight)} outputs: {cure}")
 
 

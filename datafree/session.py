@@ -86,11 +86,13 @@ class Session:
         except NetworkError as error:
             raise UsageError(str(error)) from error
 
+    def _trial_images(self) -> Tensor:
+        return trial_images(self.data, self.runtime.device)
+
     @cached_property
     def folded_teacher(self) -> nn.Module:
         """The teacher with each BatchNorm that follows a convolution inside it: faster, the same logits."""
-        x = None if self.segmentation else trial_images(self.data, self.runtime.device)
-        return fold_batch_norm(self.teacher, x)
+        return fold_batch_norm(self.teacher, None if self.segmentation else self._trial_images())
 
     @cached_property
     def run(self) -> Run:
@@ -104,6 +106,9 @@ class Session:
         except ValueError as error:
             raise UsageError(f"{error}: choose another --img_size or --generator") from error
         self.runtime.place(generator)
+        if not self.segmentation and not self.teacher(self._trial_images().requires_grad_()).requires_grad:
+            text = "passes no gradient on to the images, which teaches the generator: take no_grad out of its forward"
+            raise UsageError(f"--teacher {self.args.teacher} {text}")
         self.unseen = lambda: (self.sample(generator, generator.latents(250, self.runtime.device)) for _ in range(4))
         return generator
 

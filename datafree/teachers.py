@@ -194,8 +194,8 @@ def check_network(network: nn.Module, what: str, data, runtime: Runtime) -> None
     network.train(training)
     logits, again = logits.float(), again.float()
     if logits.shape != (2, data.num_classes):
-        text = f"{what} makes {tuple(logits.shape[1:])} values of an image, and {data.name} has {data.num_classes}"
-        raise UsageError(f"{text} classes: name its own data, or let it take num_classes")
+        text = f"{what} makes values of shape {list(logits.shape)} of two images, not [2, {data.num_classes}]"
+        raise UsageError(f"{text}, as {data.name} has classes: name its own data, or let it take num_classes")
     if not logits.isfinite().all():
         raise UsageError(f"{what} makes NaN or infinite logits: look at its weights")
     if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():

@@ -1,7 +1,7 @@
 """Networks by name: `get_model`, `get_generator` and `get_segmenter`; `register` adds one's own.
 
 A classifier maps images to logits; its features are what its last linear layer sees, or the layer that it names as
-`feature_layer`. A segmentation network maps images to logits (N, classes, H, W). Each file registers its networks
+`features_enter`. A segmentation network maps images to logits (N, classes, H, W). Each file registers its networks
 beside their definitions; from elsewhere it is `models.register("my_net", MyNet)`. `get_model` also takes networks that
 are not registered, see `models.outside`.
 """

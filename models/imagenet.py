@@ -35,7 +35,7 @@ class MobileNetV2(mobilenetv2.MobileNetV2):
     Features (N, 1280) are the pooled last map before drop-out, the same in training; the published network has none.
     """
 
-    feature_layer = "classifier"
+    features_enter = "classifier"
 
     def __init__(self, num_classes: int = 10, channels: int = 3):
         super().__init__(num_classes=num_classes)

@@ -19,7 +19,7 @@ class LeNet5(nn.Module):
     """Images (N, channels, 32, 32) -> logits (N, num_classes); features are (N, widths[2])."""
 
     input_size = 32
-    feature_layer = "fc1"  # as DAFL has it: the end of the convolutions
+    features_enter = "fc1"  # as DAFL has it: the end of the convolutions
 
     def __init__(self, num_classes: int = 10, channels: int = 1, widths: tuple[int, ...] = (6, 16, 120, 84)):
         super().__init__()

@@ -22,6 +22,7 @@ from types import ModuleType
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 PROGRAMS = (".pt2", ".pt", ".pth", ".ts")
 
@@ -95,8 +96,6 @@ def build_outside(name: str, num_classes: int, channels: int | None = None) -> n
                 network = torchvision.models.get_model(inner, weights=None, num_classes=num_classes)
             else:
                 network = _call(_run(Path(place)), name, inner, num_classes=num_classes, channels=channels)
-        if isinstance(network, torch.jit.ScriptModule):
-            network = Program(network.eval())
         network.train()
     except NetworkError:
         raise
@@ -185,8 +184,11 @@ def _call(module: ModuleType, name: str, function: str, **offered: int | None) -
         raise NetworkError(f"{text}: give FILE.py:FUNCTION, one of {', '.join(names) or 'none that it has'}")
     takes = inspect.signature(build).parameters
     network = build(**{k: v for k, v in offered.items() if k in takes and v is not None})
-    if not isinstance(network, nn.Module):
-        raise NetworkError(f"{name} returns a {type(network).__name__}: let it return a torch.nn.Module")
+    if not isinstance(network, nn.Module) or isinstance(network, torch.jit.ScriptModule):
+        cure = "let it return a torch.nn.Module, or save a program and give its file as --teacher"
+        raise NetworkError(f"{name} returns a {type(network).__name__}: {cure}")
+    if not any(True for _ in network.parameters()) or any(map(is_lazy, network.parameters())):
+        raise NetworkError(f"{name} has no weights yet: let its function run it once, so that all layers have a size")
     return network
 
 

@@ -91,6 +91,20 @@ def raises():
 def needs(depth):
     return plain()
 
+def scripted():
+    return torch.jit.trace(plain().eval(), torch.zeros(2, 1, 32, 32))
+
+def lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
+def weightless():
+    return nn.Sequential(nn.AvgPool2d(3), nn.Flatten())
+
+def blind():
+    network = plain()
+    network.forward = torch.no_grad()(network.forward)
+    return network
+
 def text():
     return "a network"
 """
@@ -252,6 +266,9 @@ def test_timm_that_is_not_there(monkeypatch, stops):
         ("raises", "KeyError: \"no such\\nlayer as 'x'\""),
         ("needs", "missing 1 required positional argument: 'depth'"),
         ("text", "returns a str: let it return a torch.nn.Module"),
+        ("scripted", "returns a TopLevelTracedModule: let it return a torch.nn.Module, or save a program"),
+        ("lazy", "has no weights yet: let its function run it once"),
+        ("weightless", "has no weights yet"),
         ("seven", "(kopf.weight is [10, 8], not [7, 8])"),
         ("", "names no function"),
     ],
@@ -264,7 +281,7 @@ def test_functions_that_make_no_network(name, words, nets, tmp_path, stops):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("seven", "makes (7,) values of an image, and digits has 10 classes"),
+        ("seven", "makes values of shape [2, 7] of two images, not [2, 10], as digits has classes"),
         ("fixed", "cannot take images of 1x32x32 (RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
         ("probabilities", "makes probabilities: let it return the logits"),
         ("two", "returns a dict of a, b, in which the logits (N, 10) are not found: return them alone"),
@@ -407,6 +424,12 @@ def test_features_are_what_the_network_sees():
         assert not network.fc._forward_pre_hooks
         network(x)
     assert features == []
+
+
+def test_a_generator_needs_a_teacher_that_passes_gradients(nets, tmp_path, stops):
+    teacher = named(nets, "blind")
+    assert "passes no gradient on to the images" in stops(DAFL_train, *teacher)
+    run(vanilla_kd, tmp_path, *teacher, "--n_epochs", "1")
 
 
 def test_the_layer_of_the_features_is_named(nets, tmp_path, stops):

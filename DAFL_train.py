@@ -51,8 +51,10 @@ from torch.optim import Optimizer
 
 import papers
 from data import preset_of
-from datafree.cli import PICTURES, Parser, cli, describe_presets
-from datafree.distributed import share
+from datafree.cli import FEATURES, PICTURES, Parser, cli, describe_presets
+from datafree.distributed import mean, share
+from datafree.hooks import features_of, settle_features
+from datafree.inputs import trial_images
 from datafree.losses import activation_loss, information_entropy_loss, kd_loss, one_hot_loss
 from datafree.runtime import lr_at, make_optimizer, set_lr
 from datafree.session import Session
@@ -95,13 +97,15 @@ def parse_args(argv: Sequence | None = None) -> Namespace:
     p.add_argument("--ie_log", choices=("10", "e"), default="10", help="base of L_ie's logarithm (default: 10)")
     p.add_argument("--as_published", action="store_true", help="with --variant mmrazor: difference 5 is none")
     p.add_argument("--unfolded", action="store_true", help="run upsampling and convolution apart, as published")
-    p.add(PICTURES)
+    p.add(FEATURES, PICTURES)
     p.add_run()
     args = p.parse_args(argv)
     preset = preset_of(args.dataset, PRESETS) | (MMRAZOR if args.variant == "mmrazor" else {})
     args = p.complete(args, preset)
     if not args.oh and not args.ie and not args.a:
         p.error("--oh, --ie and --a are all 0: nothing would teach the generator")
+    if args.feature_layer and not args.a:
+        p.error("--feature_layer is what L_a reads, whose weight is 0: leave it out, or give --a")
     if args.as_published and args.variant != "mmrazor":
         p.error("--as_published belongs to --variant mmrazor: leave it out")
     return args
@@ -121,10 +125,11 @@ def distill_step(
     """
     with autocast():
         x = generator(z)
-        t_logits, t_features = teacher(x, return_features=True)
+        with features_of(teacher, args.a > 0) as t_features:
+            t_logits = teacher(x)
         s_logits = student(x.detach())
     loss_oh = one_hot_loss(t_logits)  # Eq. 3
-    loss_a = activation_loss(t_features)  # Eq. 4
+    loss_a = mean(activation_loss(t_features[0])) if args.a else t_logits.new_zeros(())  # Eq. 4
     loss_ie = information_entropy_loss(t_logits, 10 if args.ie_log == "10" else math.e)  # Eq. 5
     loss_G = args.oh * loss_oh + args.a * loss_a + args.ie * loss_ie  # Eq. 6
     loss_kd = kd_loss(s_logits, t_logits.detach(), args.T)  # Eq. 1
@@ -177,6 +182,8 @@ def main(args: Namespace) -> dict:
     s = Session(args, papers.published(args))
     if s.result:
         return s.result
+    if args.a:
+        settle_features(s.teacher, trial_images(s.data, s.runtime.device), args.feature_layer)
     if args.as_published:
         move_statistics_twice(s.student)
     generator = s.generator("dafl", args.nz)

@@ -84,9 +84,14 @@ def stage_outputs(network: nn.Module, wanted: bool = True) -> Iterator[list[Tens
     """
     stages = [m for name, m in network.named_children() if wanted and re.fullmatch(r"(layer|block)\d", name)]
     maps = []
+
+    def keep(_module: nn.Module, _given: tuple, y: object) -> None:
+        if isinstance(y, Tensor) and y.dim() == 4:
+            maps.append(y)
+
     with ExitStack() as handles:
         for stage in stages:
-            handles.enter_context(stage.register_forward_hook(lambda _module, _given, y: maps.append(y)))
+            handles.enter_context(stage.register_forward_hook(keep))
         yield maps
 
 

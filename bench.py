@@ -54,6 +54,7 @@ from datafree import distributed
 from datafree.augment import Transform
 from datafree.cli import DEVICE, Parser, batch, cli, count, number
 from datafree.fold import fold_batch_norm
+from datafree.hooks import features_of
 from datafree.losses import activation_loss, information_entropy_loss, kd_loss, one_hot_loss
 from datafree.pool import ImagePool
 from datafree.runtime import Runtime, device_name, keep_memory, make_optimizer, setup
@@ -137,9 +138,13 @@ class DaflWay(Way):
 
     def generator_step(self) -> None:
         """Generator and teacher: L_G alone."""
-        with self.runtime.autocast():
-            t_logits, t_features = self.teacher(self.generator(self.latents()), return_features=True)
-        loss = one_hot_loss(t_logits) + 0.1 * activation_loss(t_features) + 5 * information_entropy_loss(t_logits)
+        with self.runtime.autocast(), features_of(self.teacher) as t_features:
+            t_logits = self.teacher(self.generator(self.latents()))
+        loss = (
+            one_hot_loss(t_logits)
+            + 0.1 * distributed.mean(activation_loss(t_features[0]))
+            + 5 * information_entropy_loss(t_logits)
+        )
         self.step(loss, self.optimizer_G)
 
     def student_step(self) -> None:

@@ -62,9 +62,10 @@ from torch.optim import Optimizer
 import papers
 from data import SOURCES, get_images, preset_of
 from datafree import checkpoint, distributed
-from datafree.cli import PICTURES, Parser, cli, describe_presets, number
+from datafree.cli import FEATURES, PICTURES, Parser, cli, describe_presets, number
 from datafree.errors import UsageError
-from datafree.hooks import BatchNormHooks
+from datafree.hooks import BatchNormHooks, settle_features
+from datafree.inputs import trial_images
 from datafree.pool import ImagePool, read_raw
 from datafree.run import run_folder
 from datafree.runtime import Stopwatch, cosine_at, make_optimizer, set_lr
@@ -113,7 +114,7 @@ def parse_args(argv: Sequence | None = None) -> argparse.Namespace:
     p.add_dataset()
     p.add_networks()
     p.add_recipe(**{k: FLAGS[k] for method in METHODS.values() for k in method.recipe})
-    p.add(*OWN, PICTURES)
+    p.add(FEATURES, *OWN, PICTURES)
     p.add_run()
     args = p.parse_args(argv)
     method, recipe = METHODS[args.method], preset_for(args)
@@ -130,6 +131,8 @@ def parse_args(argv: Sequence | None = None) -> argparse.Namespace:
         args.T = family.published_T or args.T
     if not any(getattr(args, term) for term in family.terms):
         p.error(f"the weights {' '.join(f'--{t}' for t in family.terms)} are all 0: nothing would make images")
+    if args.feature_layer and not args.act:
+        p.error("--feature_layer is what L_a reads, whose weight --act is 0: leave it out, or take --method dafl")
     check_rounds(p, args)
     if args.warmup >= args.n_epochs:
         left = f"leaves none of {args.n_epochs} epochs to the student"
@@ -207,6 +210,8 @@ def main(args: argparse.Namespace) -> dict:
             print(f"images: {pool.export(args.export_images, args.save_dir or folder / 'images')}")
         return s.result
     note = leave_out_batch_norm(args, s.teacher)
+    if args.act:
+        settle_features(s.teacher, trial_images(s.data, s.runtime.device), args.feature_layer)
     shape = (s.data.channels, s.data.img_size, s.data.img_size)
     generator = s.generator(args.generator, args.nz, ngf=args.ngf) if args.generator else None
     inverted = read_inverted(args.cmi_init, shape) if args.cmi_init else None
@@ -268,7 +273,10 @@ def leave_out_batch_norm(args: argparse.Namespace, teacher: nn.Module) -> str:
     lack = f"teacher {args.teacher} has no BatchNorm layers"
     if features or not args.bn_is_default:
         weight = "--cr" if features else "--bn"
-        raise UsageError(f"{lack}, which {weight} reads: give {weight} 0, or a teacher that has them")
+        others = [
+            name for name, method in METHODS.items() if not {"bn", "cr"} & {k for k, v in method.recipe.items() if v}
+        ]
+        raise UsageError(f"{lack}, which {weight} reads: give {weight} 0, or take --method {' or '.join(others)}")
     args.bn = 0.0
     if not any(getattr(args, term) for term in METHODS[args.method].family.terms):
         raise UsageError(f"{lack} and all other weights are 0: give one of them, or a teacher that has them")

@@ -6,7 +6,9 @@ import json
 import os
 import pickle
 import platform
+import re
 import warnings
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -64,7 +66,7 @@ def save(state: dict, path: str | Path) -> None:
 
 
 def read(path: str | Path, device: str | torch.device = "cpu"):
-    """The content of a checkpoint file.
+    """The content of a checkpoint file, or of a .safetensors file.
 
     Raises:
         UsageError: the file is missing, unreadable, truncated, no checkpoint, or would execute code.
@@ -76,7 +78,13 @@ def read(path: str | Path, device: str | torch.device = "cpu"):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said below, in one line
+            if path.suffix == ".safetensors":
+                from safetensors.torch import load_file
+
+                return load_file(path, str(device))
             return torch.load(path, map_location=device, weights_only=True)
+    except ImportError as error:
+        raise UsageError(f"checkpoint {path} needs safetensors: pip install safetensors") from error
     except PermissionError as error:
         raise UsageError(f"checkpoint {path} cannot be read ({error.strerror}): change its permissions") from error
     except (torch.OutOfMemoryError, MemoryError):
@@ -88,11 +96,19 @@ def read(path: str | Path, device: str | torch.device = "cpu"):
             raise UsageError(
                 f"checkpoint {path} holds code, not only weights, and was not loaded: save its state_dict() alone"
             ) from error
+        if "TorchScript" in str(error) or path.suffix == ".pt2":
+            raise UsageError(f"checkpoint {path} holds a whole network: give it as --teacher, alone") from error
         raise UsageError(f"checkpoint {path} is damaged or no checkpoint: make it again") from error
 
 
-def weights(content: object, path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint's content: bare, or under a usual name; 'module.' is stripped.
+WRAPPED = re.compile(r"^((module|_orig_mod)\.)+")  # what DataParallel and torch.compile put in front of names
+
+
+def weights(content: object, path: str | Path, names: Container[str] = ()) -> dict[str, Tensor]:
+    """The state dict in a checkpoint's content: bare, or under a usual name; 'module.' and '_orig_mod.' are stripped.
+
+    Args:
+        names: keys that are right as they are.
 
     Raises:
         UsageError: there is none, or a tensor is not a plain one of finite real numbers.
@@ -107,7 +123,7 @@ def weights(content: object, path: str | Path) -> dict[str, Tensor]:
                 if not is_plain(value) or value.is_complex() or not value.isfinite().all():
                     what = "is no plain tensor of finite numbers: export the weights again"
                     raise UsageError(f"checkpoint {path}: {key} {what}")
-            return {k.removeprefix("module."): v for k, v in content.items()}
+            return {k if k in names else WRAPPED.sub("", k): v for k, v in content.items()}
     raise UsageError(f"checkpoint {path} holds no state dict: save model.state_dict()")
 
 
@@ -122,19 +138,20 @@ def load_weights(model: nn.Module, content: object, path: str | Path, architectu
     Raises:
         UsageError: the weights belong to another architecture or another number of classes.
     """
-    state, own = weights(content, path), model.state_dict()
-    metadata = metadata_of(content, path)
+    own = model.state_dict()
+    state, metadata = weights(content, path, own), metadata_of(content, path)
     made_for = f"a {metadata['model']}" if "model" in metadata else "another architecture"
     cure = "name the architecture that it was trained with"
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         wrong = [k for k, v in state.items() if k in own and own[k].shape != v.shape]
-        last = [k for k in own if k.endswith("weight")][-1]
+        last = next((k for k in reversed(own) if k.endswith("weight")), "")
         if wrong and last in state and state[last].dim() and all(k.startswith(last.rpartition(".")[0]) for k in wrong):
             text = f"checkpoint {path} has {len(state[last])} classes, the data set {len(own[last])}"
             raise UsageError(f"{text}: use weights trained for this data set") from error
-        raise UsageError(f"checkpoint {path} is for {made_for}, not {architecture}: {cure}") from error
+        size = f" ({wrong[0]} is {list(state[wrong[0]].shape)}, not {list(own[wrong[0]].shape)})" if wrong else ""
+        raise UsageError(f"checkpoint {path} is for {made_for}, not {architecture}{size}: {cure}") from error
     if missing or unexpected:
         lack = f"it lacks {len(missing)} of its tensors and has {len(unexpected)} others"
         raise UsageError(f"checkpoint {path} is for {made_for}, not {architecture} ({lack}): {cure}")
@@ -156,7 +173,7 @@ def metadata(model: str, data, transform, **more) -> dict:
     """What a network was trained for, kept beside its weights: plain values only.
 
     Args:
-        model: registry name.
+        model: its name, as the command line gives it.
         data: with name, num_classes, class_names, img_size, channels.
         transform: with mean and std, one value per channel.
     """

@@ -19,7 +19,7 @@ from data.splits import printable
 from datafree import distributed
 from datafree.errors import TimeLimit, UsageError
 from datafree.teachers import recipe_for, weights_of
-from models import MODELS, agree_on_size
+from models import MODELS, agree_on_size, check_name, defaults_of, is_program, word_of
 
 STARTED = time.monotonic()
 # Flags that do not change what a run computes: they are not in its name, and may differ on --resume.
@@ -54,6 +54,22 @@ def path(text: str) -> str:
     if not text or "\0" in text or max(map(len, os.fsencode(text).split(b"/"))) > 255:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no path that a file can have")
     return text
+
+
+def network(table: Mapping, program: bool = False) -> Callable[[str], str]:
+    """An argparse type: the name of a network in `table`, or from outside; `program`: a saved one, too."""
+
+    def parse(text: str) -> str:
+        try:
+            check_name(text, table)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"invalid choice: {text[:80]!r}: {error}") from error
+        if is_program(text) and not program:
+            raise argparse.ArgumentTypeError(f"{text} is a saved program, which cannot be trained: name a network")
+        return text
+
+    parse.__name__ = "network"
+    return parse
 
 
 count, positive, weight = number(int, 1), number(float, 1e-12), number(float, 0)
@@ -113,6 +129,8 @@ TEACHER = (
     ("--teacher_recipe", "the recipe that made them (default: the paper's, else the only one that is there)",
      dict(metavar="NAME")),
 )  # fmt: skip
+FEATURES = ("--feature_layer", "the layer whose input are the teacher's features, which L_a reads (default: the one "
+            "that makes the logits; of a LeNet-5 fc1)", dict(metavar="NAME"))  # fmt: skip
 CHECKPOINTS = ("--checkpoints", "where teachers' weights are (default: %(default)s)",
                FOLDER | dict(default="./checkpoints"))  # fmt: skip
 NONE = (
@@ -158,11 +176,15 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_networks(self, models: Mapping = MODELS, roles: Sequence[str] = ("teacher", "student")) -> None:
-        """The networks by registry name, and where the teacher's weights are."""
-        names = ", ".join(sorted(models))
+        """The networks by name, and where the teacher's weights are."""
+        names, program = f"one of {', '.join(sorted(models))}", ""
+        if models is MODELS:
+            names += "; or torchvision:NAME, timm:NAME, or FILE.py:FUNCTION, which is run and returns a torch.nn.Module"
+            program = "; or FILE.pt2 or FILE.pt, which torch.export or TorchScript saved, weights included, and is run"
         for role in roles:
-            text = f"{f'one of {names}' if role == roles[0] else 'the same names'} (default: the data set's, see above)"
-            self.add((f"--{role}", text, dict(choices=sorted(models), metavar="NAME")))
+            text = f"{names if role == roles[0] else 'likewise'}{program * (role == 'teacher')}"
+            kind = dict(type=network(models, role == "teacher"), metavar="NAME")
+            self.add((f"--{role}", f"{text} (default: the data set's, see above)", kind))
         self.add(*(TEACHER if "teacher" in roles else ()), CHECKPOINTS)
 
     def add_recipe(self, **flags: str) -> None:
@@ -205,13 +227,15 @@ class Parser(argparse.ArgumentParser):
         if "img_size" in args:
             try:
                 usual = [name for key in networks if (name := getattr(args, key)) in MODELS]
-                preset["img_size"] = agree_on_size(usual) or preset.get("img_size") or source.img_size
-                args.img_size = agree_on_size(usual, args.img_size)
+                known = defaults_of(args.teacher).get("img_size") if "teacher" in args else None
+                preset["img_size"] = agree_on_size(usual) or known or preset.get("img_size") or source.img_size
+                args.img_size = agree_on_size(usual, args.img_size or known)
             except ValueError as error:
                 self.error(str(error))
         if set(args.tag) & set("/\\\0") or args.tag.startswith(".") or len(args.tag) > 80:
             self.error(f"--tag {args.tag[:80]!r} is no part of a file name: leave out / and \\, and be short")
-        args.run_name = self._name(args, preset, [getattr(args, key) for key in networks], words, {*named, *networks})
+        names = [word_of(getattr(args, key)) for key in networks]
+        args.run_name = self._name(args, preset, names, words, {*named, *networks})
         return args
 
     def _name(self, args: argparse.Namespace, preset, networks, words, named) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from datafree import distributed
+from datafree.errors import UsageError
 from datafree.losses import at_least_float32
 
 
@@ -27,7 +28,8 @@ class BatchNormHooks:
     """
 
     def __init__(self, model: nn.Module, momentum: float = 0.0):
-        self.layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        layers = (m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+        self.layers = [m for m in layers if m.running_mean is not None]
         self.momentum, self.buffers, self.statistics, self.means = momentum, [], [], []
 
     @contextmanager
@@ -44,11 +46,13 @@ class BatchNormHooks:
 
         Norms are Euclidean over channels, the primes mark the layer's running statistics. Mean and
         biased variance are the last batch's, or with momentum r and buffers r old + (1 - r) new.
+        A layer that did not run, as an auxiliary head's in eval mode, is left out.
         """
         total, mixed = 0, self._mixed() if self.buffers else self.statistics
-        for layer, (mean, var) in zip(self.layers, mixed, strict=True):
-            total = total + (layer.running_mean - mean).norm() + (layer.running_var - var).norm()
-        self.statistics = [[s.detach() for s in pair] for pair in self.statistics]
+        for layer, pair in zip(self.layers, mixed, strict=True):
+            if pair:
+                total = total + (layer.running_mean - pair[0]).norm() + (layer.running_var - pair[1]).norm()
+        self.statistics = [pair and [s.detach() for s in pair] for pair in self.statistics]
         return total
 
     @torch.no_grad()
@@ -59,20 +63,21 @@ class BatchNormHooks:
 
     def _mixed(self) -> list[list[Tensor]]:
         """The running average of the layers' statistics, as it is with the last batch's."""
-        layers = zip(self.statistics, self.buffers or self.statistics, strict=True)
-        return [[torch.lerp(*pair, self.momentum) for pair in zip(new, old, strict=True)] for new, old in layers]
+        both = zip(self.statistics, self.buffers or self.statistics, strict=True)
+        return [new and [torch.lerp(*pair, self.momentum) for pair in zip(new, old, strict=True)] for new, old in both]
 
     def features(self) -> Tensor:
         """The spatial means of what entered the recorded `layers`, side by side: (N, sum of channels)."""
         means, self.means = self.means, []
-        return distributed.whole(torch.cat(means, dim=1))
+        return distributed.whole(torch.cat([mean for mean in means if mean is not None], dim=1))
 
     def state_dict(self) -> dict[str, list]:
         return {"buffers": self.buffers}
 
     def load_state_dict(self, state: dict[str, list]) -> None:
         buffers, sizes = state["buffers"], [[m.running_mean.shape] * 2 for m in self.layers]
-        if buffers and [[value.shape for value in pair] for pair in buffers] != sizes:
+        found = [[value.shape for value in pair] if pair else size for pair, size in zip(buffers, sizes, strict=False)]
+        if buffers and (len(buffers) != len(sizes) or found != sizes):
             raise ValueError("statistics of other BatchNorm layers")
         self.buffers = buffers
 
@@ -87,6 +92,54 @@ def _watch(layers: Sequence[nn.Module], function: Callable[[Tensor], object], ha
 
         handles.enter_context(layer.register_forward_pre_hook(hook))
     return values
+
+
+@contextmanager
+def features_of(network: nn.Module, wanted: bool = True) -> Iterator[list]:
+    """A list that holds, once `network` has run in the block, its features and the layer that they enter.
+
+    That layer is named by `network.features_enter` where there is such an attribute, else it is the last linear layer or
+    1x1 convolution that ran. Not `wanted`: nothing is hooked, and the list stays empty.
+    """
+    seen, name = [], getattr(network, "features_enter", None)
+    layers = [network.get_submodule(name)] if name else filter(_is_linear, network.modules())
+
+    def keep(layer: nn.Module, given: tuple) -> None:
+        seen[:] = *given[:1], layer
+
+    with ExitStack() as handles:
+        for layer in layers if wanted else ():
+            handles.enter_context(layer.register_forward_pre_hook(keep))
+        yield seen
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)
+
+
+@torch.no_grad()
+def settle_features(network: nn.Module, x: Tensor, name: str | None = None) -> None:
+    """See that `features_of` reads what enters the layer `name`, by default the one that makes the logits.
+
+    Args:
+        network: in eval mode. x: images (N, C, H, W) as it takes them.
+
+    Raises:
+        UsageError: there is no such layer.
+    """
+    text = f"the features, which L_a reads, are not found in this {type(network).__name__}: "
+    cure = "give --feature_layer NAME, whose input they are, or leave L_a out (its weight 0)"
+    if name:
+        names = [key for key, _ in network.named_modules() if key]
+        if name not in names:
+            raise UsageError(f"--feature_layer {name}: there is no such layer, but {', '.join(names[-6:]) or 'none'}")
+        network.features_enter = name
+    with features_of(network) as features:
+        logits = network(x)
+    if not features or not isinstance(features[0], Tensor):
+        raise UsageError(text + cure)
+    if not getattr(network, "features_enter", None) and len(features[1].weight) != logits.shape[1]:
+        raise UsageError(f"{text}its last linear layer has {len(features[1].weight)} outputs: {cure}")
 
 
 class _Statistics(torch.autograd.Function):

@@ -1,11 +1,22 @@
 """What a run reads: the data set by its flags, and by what its teacher's file says of it."""
 
 import argparse
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from data import SOURCES, get_dataset, get_segmentation
 from datafree.errors import UsageError
+
+
+def trial_images(data, device: torch.device, n: int = 2) -> Tensor:
+    """n images (n, C, H, W) of the size of `data`, in the range of normalised ones, that use no random numbers."""
+    shape = n, data.channels, data.img_size, data.img_size
+    x = torch.arange(math.prod(shape), device=device).float().sin().view(shape)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def open_data(args: argparse.Namespace, metadata: Mapping, train: bool = False, segmentation: bool = False):

@@ -12,11 +12,11 @@ from datafree import checkpoint, distributed, metrics
 from datafree.augment import Transform
 from datafree.errors import UsageError
 from datafree.fold import fold_batch_norm
-from datafree.inputs import open_data
+from datafree.inputs import open_data, trial_images
 from datafree.run import Run, column_of, finished
 from datafree.runtime import setup
-from datafree.teachers import find_teacher, load_teacher, own_weights
-from models import get_generator, get_model, get_segmenter
+from datafree.teachers import check_network, find_teacher, load_teacher, own_weights
+from models import NetworkError, defaults_of, get_generator, get_model, get_segmenter, is_program
 
 
 class Session:
@@ -53,20 +53,27 @@ class Session:
             train, taught, path = False, False, own_weights(args)
         else:
             path = find_teacher(args, segmentation) if taught else None
-        content = checkpoint.read(path) if path else {}
+        content = checkpoint.read(path) if path and not (taught and is_program(args.teacher)) else None
         known = checkpoint.metadata_of(content, path, args)
+        if taught:
+            known = {k: v for k, v in defaults_of(args.teacher).items() if getattr(args, k) is None} | known
         with distributed.first_alone():
             self.data = open_data(args, known, train, segmentation).to(self.runtime.device)
         args.fingerprint = self.data.fingerprint  # a run goes on with the same data and teacher only
         self.score = "mIoU" if segmentation else "Acc@1" if self.data.test is not None else "agreement"
-        name = args.student if "student" in args else args.model
+        role = "student" if "student" in args else "model"
+        name = getattr(args, role)
         self.student = self.runtime.place(self._build(name, self.data.num_classes, self.data.channels))
-        distributed.join(self.student)
         self.teacher, self.teacher_metadata, self.teacher_record = None, known, None
         if taught:
             self.teacher, self.teacher_record = load_teacher(args, path, content, self._build, self.data)
-            distributed.join(self.runtime.place(self.teacher))
+            self.runtime.place(self.teacher)
             args.teacher_sha256 = self.teacher_record["sha256"]
+        if not segmentation:
+            for network, flag in ((self.student, role), (self.teacher, "teacher"))[: 1 + taught]:
+                check_network(network, f"--{flag} {getattr(args, flag)}", self.data, self.runtime)
+        for network in filter(None, (self.student, self.teacher)):
+            distributed.join(network)
         self.transform = Transform.of(self.data, known, area)
         self.metadata = checkpoint.metadata(name, self.data, self.transform, run=args.run_name)
         if args.evaluate_only:
@@ -76,12 +83,19 @@ class Session:
             self.result = {"weights": str(path), column_of(self.score): percent}
 
     def _build(self, name: str, num_classes: int, channels: int) -> nn.Module:
-        return get_segmenter(name, num_classes) if self.segmentation else get_model(name, num_classes, channels)
+        try:
+            return get_segmenter(name, num_classes) if self.segmentation else get_model(name, num_classes, channels)
+        except NetworkError as error:
+            raise UsageError(str(error)) from error
+
+    def _trial_images(self) -> Tensor:
+        return trial_images(self.data, self.runtime.device)
 
     @cached_property
     def folded_teacher(self) -> nn.Module:
         """The teacher with each BatchNorm that follows a convolution inside it: faster, the same logits."""
-        folded = fold_batch_norm(self.teacher)
+        with distributed.apart():
+            folded = fold_batch_norm(self.teacher, None if self.segmentation else self._trial_images())
         if folded is not self.teacher:
             distributed.join(folded)
         return folded
@@ -98,6 +112,9 @@ class Session:
         except ValueError as error:
             raise UsageError(f"{error}: choose another --img_size or --generator") from error
         self.runtime.place(generator)
+        if not self.segmentation and not self.teacher(self._trial_images().requires_grad_()).requires_grad:
+            text = "passes no gradient on to the images, which teaches the generator: take no_grad out of its forward"
+            raise UsageError(f"--teacher {self.args.teacher} {text}")
         distributed.synchronize(generator)
         self.unseen = lambda: (self.sample(generator, generator.latents(250, self.runtime.device)) for _ in range(4))
         return generator

@@ -16,6 +16,9 @@ from data import SOURCES
 from datafree import checkpoint
 from datafree.distributed import speaks
 from datafree.errors import UsageError
+from datafree.inputs import trial_images
+from datafree.runtime import Runtime
+from models import NetworkError, Program, is_program, said, word_of
 
 # fmt: off
 SGD = dict(optimizer="sgd", lr=0.1, weight_decay=5e-4, batch_size=128, n_epochs=200, schedule="steps",
@@ -65,7 +68,7 @@ def recipe_for(paper: str, dataset: str) -> str | None:
 
 def teacher_file(folder: str | Path, dataset: str, model: str, recipe: str | None) -> Path:
     """Where the best weights of a teacher lie: named after data, network and recipe."""
-    return Path(folder) / ("-".join(filter(None, (dataset, model, recipe))) + ".pt")
+    return Path(folder) / ("-".join(filter(None, (dataset, word_of(model), recipe))) + ".pt")
 
 
 def save_teacher(best: Path, target: Path) -> str:
@@ -101,8 +104,12 @@ def find_teacher(args: argparse.Namespace, segmentation: bool = False) -> Path:
     """The teacher's file: --teacher_ckpt, else the recipe's in --checkpoints, else the one that is shipped.
 
     Raises:
-        UsageError: there is none; it says how to make it.
+        UsageError: there is none; it says how to make it. Or --teacher is a program, which has weights, and so is this.
     """
+    if is_program(args.teacher):
+        if args.teacher_ckpt:
+            raise UsageError(f"--teacher {args.teacher} has weights of its own: leave --teacher_ckpt out")
+        return Path(args.teacher)
     if args.teacher_ckpt:
         path = weights_of(args.teacher_ckpt)
         if not path.exists():
@@ -137,14 +144,15 @@ def load_teacher(
     """The frozen teacher in eval mode, and what a record says of its weights.
 
     Args:
-        path, content: its file, and what `checkpoint.read` found in it.
+        path, content: its file, and what `checkpoint.read` found in it; None for a program.
         build: (name, num_classes, channels) -> module. data: with num_classes, channels, img_size, class_names.
 
     Raises:
         UsageError: another network, number of classes, image size or other classes than the data's.
     """
     teacher = build(args.teacher, data.num_classes, data.channels)
-    checkpoint.load_weights(teacher, content, path, args.teacher)
+    if content is not None:
+        checkpoint.load_weights(teacher, content, path, args.teacher)
     known = checkpoint.metadata_of(content, path, args)
     if (size := known.get("img_size", data.img_size)) != data.img_size:
         text = f"teacher {path} was trained on images of {size} pixels, not {data.img_size}"
@@ -157,6 +165,47 @@ def load_teacher(
     record = dict(file=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     record |= {k: known.get(k) for k in ("recipe", "run", "epoch")}
     return teacher.eval().requires_grad_(False), record | {"score": known.get("accuracy", known.get("mIoU"))}
+
+
+@torch.no_grad()
+def check_network(network: nn.Module, what: str, data, runtime: Runtime) -> None:
+    """Let a classifier, in eval mode, look at two images of the data's size, and a program at three.
+
+    Args:
+        what: its flag and name. data: with num_classes, channels, img_size. runtime: where it lies.
+
+    Raises:
+        UsageError: it cannot take them, or what it makes of them are no logits of the data's classes.
+    """
+    training, program = network.training, isinstance(network, Program)
+    network.eval()
+    try:
+        images = trial_images(data, runtime.device, 3)
+        images[2] *= 5  # unlike the others
+        with runtime.autocast():
+            logits = network(images[:2])
+            again = network(images)[:2] if program else logits
+    except NetworkError as error:
+        raise UsageError(f"{what} {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a network's code raises
+        size = f"{data.channels}x{data.img_size}x{data.img_size}"
+        text = f"{what} cannot take images of {size} ({said(error, 0)}): give --img_size, or data, as it was made for"
+        more = ", and export it for any number of images (dynamic_shapes)" * program
+        raise UsageError(text + more) from error
+    network.train(training)
+    logits, again = logits.float(), again.float()
+    if logits.shape != (2, data.num_classes):
+        text = f"{what} makes values of shape {list(logits.shape)} of two images, not [2, {data.num_classes}]"
+        raise UsageError(f"{text}, as {data.name} has classes: name its own data, or let it take num_classes")
+    if not logits.isfinite().all():
+        raise UsageError(f"{what} makes NaN or infinite logits: look at its weights")
+    if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
+        raise UsageError(f"{what} makes probabilities: let it return the logits, from before the softmax")
+    if not torch.allclose(logits, again, rtol=0, atol=0.05 * logits.abs().max().item()):
+        text = "answers otherwise where other images are in the batch, as networks do in training"
+        raise UsageError(f"{what} {text}: save it from model.eval()")
 
 
 def _few(names) -> str:

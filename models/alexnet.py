@@ -28,11 +28,8 @@ class AlexNet(nn.Module):
             nn.Dropout(), nn.Linear(hidden, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, num_classes),
         )  # fmt: skip
 
-    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        x = self.avgpool(self.features(x)).flatten(1)
-        features = self.classifier[:-1](x)
-        logits = self.classifier[-1](features)
-        return (logits, features) if return_features else logits
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.avgpool(self.features(x)).flatten(1))
 
 
 register("alexnet", AlexNet)

@@ -28,13 +28,6 @@ class ImageNetResNet(tv.ResNet):
         super().__init__(block, list(depths), num_classes=num_classes)
         self.conv1 = with_channels(self.conv1, channels)
 
-    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        features = self.avgpool(x).flatten(1)
-        logits = self.fc(features)
-        return (logits, features) if return_features else logits
-
 
 class MobileNetV2(mobilenetv2.MobileNetV2):
     """torchvision's network and names: images (N, channels, H, W) -> logits; strides total 32.
@@ -42,14 +35,14 @@ class MobileNetV2(mobilenetv2.MobileNetV2):
     Features (N, 1280) are the pooled last map before drop-out, the same in training; the published network has none.
     """
 
+    features_enter = "classifier"
+
     def __init__(self, num_classes: int = 10, channels: int = 3):
         super().__init__(num_classes=num_classes)
         self.features[0][0] = with_channels(self.features[0][0], channels)
 
-    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        features = self.features(x).mean((2, 3))
-        logits = self.classifier(features)
-        return (logits, features) if return_features else logits
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).mean((2, 3)))
 
 
 register("resnet18_imagenet", ImageNetResNet, block=tv.BasicBlock, depths=(2, 2, 2, 2))

@@ -19,6 +19,7 @@ class LeNet5(nn.Module):
     """Images (N, channels, 32, 32) -> logits (N, num_classes); features are (N, widths[2])."""
 
     input_size = 32
+    features_enter = "fc1"  # as DAFL has it: the end of the convolutions
 
     def __init__(self, num_classes: int = 10, channels: int = 1, widths: tuple[int, ...] = (6, 16, 120, 84)):
         super().__init__()
@@ -29,13 +30,12 @@ class LeNet5(nn.Module):
         self.fc2 = nn.Linear(widths[3], num_classes)
         self.register_load_state_dict_pre_hook(_rename_published)
 
-    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
         # Pooling first is the same, with a quarter of the ReLU's work.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))
         x = F.relu(F.max_pool2d(self.conv2(x), 2))
-        features = F.relu(self.conv3(x)).flatten(1)
-        logits = self.fc2(F.relu(self.fc1(features)))
-        return (logits, features) if return_features else logits
+        x = F.relu(self.conv3(x)).flatten(1)
+        return self.fc2(F.relu(self.fc1(x)))
 
 
 def _rename_published(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
@@ -57,10 +57,8 @@ class HintonNet(nn.Module):
         self.fc2 = nn.Linear(width, width)
         self.fc3 = nn.Linear(width, num_classes)
 
-    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        features = F.relu(self.fc2(F.relu(self.fc1(x.flatten(1)))))
-        logits = self.fc3(features)
-        return (logits, features) if return_features else logits
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x.flatten(1))))))
 
 
 register("lenet5", LeNet5)

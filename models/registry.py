@@ -6,6 +6,8 @@ from functools import partial
 
 from torch import nn
 
+from .outside import build_outside, check_outside, place_of
+
 MODELS: dict[str, Callable[..., nn.Module]] = {}
 SEGMENTERS: dict[str, Callable[..., nn.Module]] = {}
 GENERATORS: dict[str, Callable[..., nn.Module]] = {}
@@ -27,9 +29,22 @@ def register(name: str, constructor: Callable[..., nn.Module], table: dict = MOD
 
 
 def get_model(name: str, num_classes: int = 10, channels: int | None = None) -> nn.Module:
-    """A classifier with fresh weights; `channels` None: as published. Raises ValueError for a name not in MODELS."""
+    """A classifier with fresh weights; `channels` None: as published.
+
+    `name` is in MODELS or from outside, see `models.outside`. Raises ValueError for another one.
+    """
+    if name not in MODELS and place_of(name):
+        return build_outside(name, num_classes, channels)
     given = {} if channels is None else {"channels": channels}
     return _lookup(MODELS, name, "model")(num_classes=num_classes, **given)
+
+
+def check_name(name: str, table: Mapping = MODELS) -> None:
+    """Raises ValueError unless a network of this name can be looked for: in `table`, or a classifier from outside."""
+    if table is MODELS and name not in table and place_of(name):
+        check_outside(name)
+    else:
+        _lookup(table, name, "network")
 
 
 def input_size(name: str) -> int | None:

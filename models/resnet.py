@@ -73,13 +73,11 @@ class ResNet(nn.Module):
             self.add_module(name, nn.Sequential(*blocks))
         self.add_module(self.last_name, nn.Linear(c_in, num_classes))
 
-    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         for name in self.stages:
             x = self.get_submodule(name)(x)
-        features = F.adaptive_avg_pool2d(x, 1).flatten(1)
-        logits = self.get_submodule(self.last_name)(features)
-        return (logits, features) if return_features else logits
+        return self.get_submodule(self.last_name)(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 class NarrowResNet(ResNet):

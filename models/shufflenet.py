@@ -60,13 +60,11 @@ class ShuffleNetV2(nn.Module):
         self.bn2 = nn.BatchNorm2d(1024)
         self.linear = nn.Linear(1024, num_classes)
 
-    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.layer3(self.layer2(self.layer1(x)))
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        features = F.adaptive_avg_pool2d(x, 1).flatten(1)
-        logits = self.linear(features)
-        return (logits, features) if return_features else logits
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 register("shufflenetv2", ShuffleNetV2)

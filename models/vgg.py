@@ -31,16 +31,14 @@ class VGG(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
-    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
         # As published, the fourth pool is for 64-pixel images alone.
         last_pool = x.shape[2] == 64
         x = F.max_pool2d(self.block0(x), 2)
         x = F.max_pool2d(self.block1(x), 2)
         x = self.block3(F.max_pool2d(self.block2(x), 2))
         x = self.block4(F.max_pool2d(x, 2) if last_pool else x)
-        features = F.adaptive_avg_pool2d(x, 1).flatten(1)
-        logits = self.classifier(features)
-        return (logits, features) if return_features else logits
+        return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 register("vgg8", VGG, depths=(1, 1, 1, 1, 1))

@@ -47,12 +47,10 @@ class WideResNet(nn.Module):
         init_weights(self)
         nn.init.zeros_(self.fc.bias)
 
-    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.block3(self.block2(self.block1(self.conv1(x))))
         x = F.relu(self.bn1(x), inplace=True)
-        features = F.adaptive_avg_pool2d(x, 1).flatten(1)
-        logits = self.fc(features)
-        return (logits, features) if return_features else logits
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 for depth, widen in ((16, 1), (16, 2), (40, 1), (40, 2)):

@@ -127,7 +127,7 @@ def flags_of(name: str) -> list[argparse.Action]:
 
 def kind_of(action: argparse.Action) -> str:
     """What a flag takes: "choice", "number", "path" or "text"."""
-    if action.choices:
+    if action.choices or getattr(action.type, "__name__", "") == "network":
         return "choice"
     if action.metavar in PATHS:
         return "path"

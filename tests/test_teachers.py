@@ -141,7 +141,8 @@ def test_vanilla_kd_learns_from_the_folded_teacher(checkpoints, tmp_path, monkey
     x = torch.randn(8, 1, 32, 32)
     monkeypatch.setattr(vanilla_kd.Noise, "__iter__", lambda self: iter([(x, None)] * len(self)))
     networks = ("--teacher", "resnet8", "--student", "lenet5_half")
-    run(vanilla_kd, tmp_path, *networks, "--transfer_set", "noise", "--checkpoints", checkpoints, "--precision", "fp32")
+    flags = ("--transfer_set", "noise", "--checkpoints", checkpoints, "--n_epochs", "1", "--precision", "fp32")
+    run(vanilla_kd, tmp_path, *networks, *flags)
     (s,) = sessions
     calls = [0, 0]
     for i, teacher in enumerate((s.teacher, s.folded_teacher)):

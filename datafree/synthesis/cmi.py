@@ -42,7 +42,9 @@ class CMI(Synthesizer):
         if not self.cr:  # the features are read by L_cr alone
             return
         self.layers = self.hooks.layers if self.feature_layers == "bn" else stages(self.teacher)
-        width = sum(map(width_of, self.layers))
+        with torch.no_grad():
+            x = torch.zeros(1, *self.shape, device=self.runtime.device, dtype=next(self.teacher.parameters()).dtype)
+            width = self.features(x).shape[1]
         layers = nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.head_dim)
         self.head = nn.Sequential(*layers).to(self.runtime.device)
         # On each rank it sees the whole batch: nothing is added up.
@@ -129,12 +131,6 @@ def stages(network: nn.Module) -> list[nn.Module]:
         text = "has no stages layer1, layer2 ... as ResNets have: give --feature_layers bn"
         raise UsageError(f"--feature_layers blocks: a {type(network).__name__} {text}")
     return found
-
-
-def width_of(layer: nn.Module) -> int:
-    """The channels of what enters a BatchNorm layer, or a module that begins with a convolution."""
-    first = next(m for m in layer.modules() if isinstance(m, nn.BatchNorm2d | nn.Conv2d))
-    return first.num_features if isinstance(first, nn.BatchNorm2d) else first.in_channels
 
 
 class MemoryBank:

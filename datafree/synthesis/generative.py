@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from datafree.distributed import share
+from datafree.distributed import mean, share
+from datafree.hooks import features_of
 from datafree.losses import activation_loss, information_entropy_loss, one_hot_loss
 
 from .base import CRITERIA, GENERATOR, STUDENT, Losses, Method, Synthesizer, Tick, adam, register
@@ -41,14 +42,14 @@ class Generative(Synthesizer):
         """The losses that are on, of the images of latents z (N, nz), by name."""
         x = self.normalized(self.generate(self.generator, z))
         with self.runtime.autocast():
-            with self.hooks.record(bool(self.bn)):
-                t_logits, t_features = self.teacher(x, return_features=True)
+            with self.hooks.record(bool(self.bn)), features_of(self.teacher, bool(self.act)) as t_features:
+                t_logits = self.teacher(x)
             s_logits = self.opponent(x) if self.is_on("adv", adversarial) else None
         return self.losses_of(
             adversarial,
             bn=self.hooks.loss,
             oh=lambda: one_hot_loss(t_logits),
-            act=lambda: activation_loss(t_features),
+            act=lambda: mean(activation_loss(t_features[0])),
             balance=lambda: information_entropy_loss(t_logits, math.e),
             adv=lambda: -CRITERIA[self.criterion](s_logits, t_logits),
         )

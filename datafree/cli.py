@@ -19,7 +19,7 @@ from data.splits import printable
 from datafree import distributed
 from datafree.errors import TimeLimit, UsageError
 from datafree.teachers import recipe_for, weights_of
-from models import MODELS, agree_on_size, check_name, defaults_of, is_program, word_of
+from models import MODELS, NetworkError, agree_on_size, check_name, defaults_of, is_program, word_of
 
 STARTED = time.monotonic()
 # Flags that do not change what a run computes: they are not in its name, and may differ on --resume.
@@ -341,7 +341,7 @@ def cli(main: Callable, parse_args: Callable) -> None:
         args = parse_args()
         with contextlib.nullcontext() if distributed.speaks() else silence():
             main(args)
-    except (UsageError, DataError) as error:
+    except (UsageError, DataError, NetworkError) as error:
         _stop(error, 2)
     except TimeLimit as limit:
         _stop(limit, 75)

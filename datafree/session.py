@@ -15,8 +15,8 @@ from datafree.fold import fold_batch_norm
 from datafree.inputs import open_data, trial_images
 from datafree.run import Run, column_of, finished
 from datafree.runtime import setup
-from datafree.teachers import check_network, find_teacher, load_teacher, own_weights
-from models import NetworkError, defaults_of, get_generator, get_model, get_segmenter, is_program
+from datafree.teachers import check_gradient, check_network, find_teacher, load_teacher, own_weights
+from models import defaults_of, get_generator, get_model, get_segmenter, is_program
 
 
 class Session:
@@ -83,22 +83,14 @@ class Session:
             self.result = {"weights": str(path), column_of(self.score): percent}
 
     def _build(self, name: str, num_classes: int, channels: int) -> nn.Module:
-        try:
-            return get_segmenter(name, num_classes) if self.segmentation else get_model(name, num_classes, channels)
-        except NetworkError as error:
-            raise UsageError(str(error)) from error
-
-    def _trial_images(self) -> Tensor:
-        return trial_images(self.data, self.runtime.device)
+        return get_segmenter(name, num_classes) if self.segmentation else get_model(name, num_classes, channels)
 
     @cached_property
     def folded_teacher(self) -> nn.Module:
         """The teacher with each BatchNorm that follows a convolution inside it: faster, the same logits."""
         with distributed.apart():
-            folded = fold_batch_norm(self.teacher, None if self.segmentation else self._trial_images())
-        if folded is not self.teacher:
-            distributed.join(folded)
-        return folded
+            images = None if self.segmentation else trial_images(self.data, self.runtime.device)
+            return fold_batch_norm(self.teacher, images)
 
     @cached_property
     def run(self) -> Run:
@@ -112,9 +104,8 @@ class Session:
         except ValueError as error:
             raise UsageError(f"{error}: choose another --img_size or --generator") from error
         self.runtime.place(generator)
-        if not self.segmentation and not self.teacher(self._trial_images().requires_grad_()).requires_grad:
-            text = "passes no gradient on to the images, which teaches the generator: take no_grad out of its forward"
-            raise UsageError(f"--teacher {self.args.teacher} {text}")
+        if not self.segmentation:
+            check_gradient(self.teacher, f"--teacher {self.args.teacher}", self.data, self.runtime.device)
         distributed.synchronize(generator)
         self.unseen = lambda: (self.sample(generator, generator.latents(250, self.runtime.device)) for _ in range(4))
         return generator
@@ -187,8 +178,8 @@ class Session:
         about = dict(dataset=data.name, fingerprint=data.fingerprint, test_images=len(data.test or ()))
         about |= dict(standard_error=metrics.standard_error(self.score, percent, data), published=self.published)
         if self.teacher is not None:
-            about |= dict(teacher=args.teacher, student=args.student, teacher_accuracy=self.teacher_score)
-            about |= dict(teacher_weights=self.teacher_record)
+            about |= dict(teacher=args.teacher, student=args.student)
+            about |= dict(teacher_accuracy=self.teacher_score, teacher_weights=self.teacher_record)
         if further := {k: v for k, v in self.run.rows[-1].items() if k.startswith(metrics.FURTHER)}:
             about["last_scores"] = further
         return self.run.finish(**(about | facts))

@@ -208,6 +208,13 @@ def check_network(network: nn.Module, what: str, data, runtime: Runtime) -> None
         raise UsageError(f"{what} {text}: save it from model.eval()")
 
 
+def check_gradient(teacher: nn.Module, what: str, data, device: torch.device) -> None:
+    """Raises UsageError unless a teacher tells a generator how to change the images; arguments as `check_network`'s."""
+    if not teacher(trial_images(data, device).requires_grad_()).requires_grad:
+        text = "passes no gradient on to the images, which teaches the generator: take no_grad out of its forward"
+        raise UsageError(f"{what} {text}")
+
+
 def _few(names) -> str:
     return ", ".join(map(str, names[:3])) + (" ..." if len(names) > 3 else "")
 

@@ -6,7 +6,6 @@ out on several ranks as they do in one process.
 
 import functools
 
-import datafree.fold
 import models
 from datafree import distributed
 
@@ -34,4 +33,3 @@ def pytest_configure(config):
     models.get_model = _made(models.get_model)
     models.get_segmenter = _made(models.get_segmenter)
     models.get_generator = _made(models.get_generator, is_generator=True)
-    datafree.fold.fold_batch_norm = _made(datafree.fold.fold_batch_norm)

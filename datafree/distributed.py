@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -31,6 +31,7 @@ from datafree.losses import at_least_float32
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # while one unpacks data; a rank that dies ends the others at once, by torchrun
+GONE = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "was aborted"
 LAUNCHED = dist.is_available() and dist.is_torchelastic_launched()
 RANK, SIZE, LOCAL_RANK = (
     int(os.environ.get(name, other)) if LAUNCHED else other
@@ -76,15 +77,15 @@ def speaks() -> bool:
 
 def complains() -> bool:
     """Whether this process is to say what ended it: the first one that asks, for all."""
-    if not dist.is_initialized():
-        return RANK == 0
-    return dist.distributed_c10d._get_default_store().add("complaints", 1) == 1
+    if dist.is_initialized():
+        with suppress(RuntimeError):  # the store is gone where rank 0's machine is
+            return dist.distributed_c10d._get_default_store().add("complaints", 1) == 1
+    return RANK == 0
 
 
 def lost(error: BaseException) -> bool:
     """Whether an error says that another process is gone."""
-    words = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo"
-    return dist.is_initialized() and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return dist.is_initialized() and any(words in str(error) for words in GONE)
 
 
 def from_first(make: Callable[[], T]) -> T:

@@ -17,7 +17,7 @@ from datafree.inputs import open_data, trial_images
 from datafree.run import Run, column_of, finished
 from datafree.runtime import setup
 from datafree.teachers import check_network, find_teacher, load_teacher, own_weights
-from models import NetworkError, defaults_of, get_generator, get_model, get_segmenter, is_program
+from models import NetworkError, defaults_of, get_generator, get_model, get_segmenter, is_program, place_of
 
 
 class Session:
@@ -92,7 +92,8 @@ class Session:
     @cached_property
     def folded_teacher(self) -> nn.Module:
         """The teacher with each BatchNorm that follows a convolution inside it: faster, the same logits."""
-        return fold_batch_norm(self.teacher, None if self.segmentation else self._trial_images())
+        # The registry's networks are known to fold.
+        return fold_batch_norm(self.teacher, self._trial_images() if place_of(self.args.teacher) else None)
 
     @cached_property
     def run(self) -> Run:

@@ -62,7 +62,7 @@ def network(table: Mapping, program: bool = False) -> Callable[[str], str]:
     def parse(text: str) -> str:
         try:
             check_name(text, table)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise argparse.ArgumentTypeError(f"invalid choice: {text[:80]!r}: {error}") from error
         if is_program(text) and not program:
             raise argparse.ArgumentTypeError(f"{text} is a saved program, which cannot be trained: name a network")

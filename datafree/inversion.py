@@ -50,7 +50,7 @@ def class_images(s: Session, steps: int) -> tuple[Tensor, Tensor, Tensor]:
 def alone(s: Session, n: int) -> tuple[Tensor, Tensor]:
     """n images uint8 (N, C, H, W) of a generator that learns to make them, and UNSEEN others of it."""
     batch = max(1, n // 4)
-    maker, rounds = maker_of(s, batch, 5), 10  # of which the last four are kept
+    maker, rounds = maker_of(s, batch, 5), 16  # of which the last four are kept
     with tqdm(total=rounds * 5 * batch, unit=" images", desc="images", leave=False, disable=None) as bar:
         for _ in range(rounds):
             maker.synthesize(False, lambda loss: bar.update(batch))

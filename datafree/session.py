@@ -16,7 +16,7 @@ from datafree.inputs import open_data, trial_images
 from datafree.run import Run, column_of, finished
 from datafree.runtime import setup
 from datafree.teachers import check_gradient, check_network, find_teacher, load_teacher, own_weights
-from models import defaults_of, get_generator, get_model, get_segmenter, is_program
+from models import defaults_of, get_generator, get_model, get_segmenter, is_program, place_of
 
 
 class Session:
@@ -88,8 +88,9 @@ class Session:
     @cached_property
     def folded_teacher(self) -> nn.Module:
         """The teacher with each BatchNorm that follows a convolution inside it: faster, the same logits."""
+        # The registry's networks are known to fold.
+        images = trial_images(self.data, self.runtime.device) if place_of(self.args.teacher) else None
         with distributed.apart():
-            images = None if self.segmentation else trial_images(self.data, self.runtime.device)
             return fold_batch_norm(self.teacher, images)
 
     @cached_property

@@ -11,7 +11,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from .generator import UpsampleConv2d, set_folded
-from .outside import NetworkError, Program, defaults_of, is_program, said, word_of
+from .outside import NetworkError, Program, defaults_of, is_program, place_of, said, word_of
 from .registry import GENERATORS, MODELS, SEGMENTERS, agree_on_size, check_name, get_generator, get_model, get_segmenter
 from .registry import input_size, register
 

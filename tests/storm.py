@@ -59,6 +59,7 @@ TEXTS = (
     "", " ", "-", ".", "..", "../x", "/", "x" * 300, "x" * 5000, "a\nb", "a\rb", "a\u2028b", "\0", "\udcff", "%s",
     "{0}", "none", "\N{SNOWMAN}", "CON", "-1", "a,b=c",
 )
+NAMES = ("unknown", "torchvision:", "timm:\0", ".py:", "no.py:f", "no.pt2", f"{'x' * 300}.py:f", ":")
 PATHS = ("FILE", "DIR", "PATH", "SET")  # metavars
 # A run of seconds, where a script has these flags and takes them: of several values the last one that it takes.
 NETWORKS = ("deeplabv3_mobilenet", "resnet8")
@@ -137,7 +138,7 @@ def kind_of(action: argparse.Action) -> str:
 def words_for(action: argparse.Action) -> list[list[str]]:
     """Hostile values of a flag that need no file, each as the words of a command line."""
     flag, kind = action.option_strings[0], kind_of(action)
-    values = {"number": NUMBERS, "choice": (*TEXTS, "unknown")}.get(kind, TEXTS)
+    values = {"number": NUMBERS, "choice": (*TEXTS, *NAMES)}.get(kind, TEXTS)
     found = [[f"{flag}={value}"] if action.nargs is None else [flag, value] for value in values]
     counts = (2, 7) if action.nargs in ("+", "*") else ()
     return [*found, [flag], *([flag, *["0.5"] * n] for n in counts)]

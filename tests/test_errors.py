@@ -13,6 +13,7 @@ import torch
 import bench
 import bench_scan
 import compare
+import compress
 import DAFL_train
 import datafree_kd
 import datafree_kd_imagenet
@@ -43,7 +44,18 @@ DFAD = [
     teacher_train_seg,
     vanilla_kd_seg,
 ]
-PARSERS = [*SCRIPTS, *DFAD, datafree_kd_imagenet, DFND_train, ZSKT_train, quickstart, bench, bench_scan, compare]
+PARSERS = [
+    *SCRIPTS,
+    *DFAD,
+    datafree_kd_imagenet,
+    DFND_train,
+    ZSKT_train,
+    quickstart,
+    bench,
+    bench_scan,
+    compare,
+    compress,
+]
 
 
 class Evil:

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from datafree.hooks import features_of, settle_features
 from models import NetworkError, get_model
 from models.outside import logits_of, word_of
 
+ROOT = Path(__file__).parent.parent
 NETS = """
 from dataclasses import dataclass
 
@@ -458,3 +460,20 @@ def test_folding_keeps_what_a_network_says(nets):
     shared[1].running_var.fill_(9.0)
     assert fold_batch_norm(shared, x) is shared  # one convolution cannot absorb two
     assert copy.deepcopy(network)(x).shape == (3, 10)
+
+
+def test_the_example_is_he_et_als_network():
+    network = get_model(f"{ROOT / 'examples' / 'resnet20_option_a.py'}:resnet20", 10, 3).eval()
+    state = network.state_dict()
+    assert sum(p.numel() for p in network.parameters()) == 269_722
+    assert {"conv1.weight", "layer2.0.conv1.weight", "layer3.2.bn2.running_var", "linear.bias"} <= state.keys()
+    assert not any("shortcut" in name for name in state)
+    x = torch.randn(2, 3, 32, 32)
+    folded = fold_batch_norm(network, x)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    torch.testing.assert_close(folded(x), network(x))
+    block = network.layer2[0]  # nothing but zeros in its new channels, where its convolutions say nothing
+    nn.init.zeros_(block.bn2.weight)
+    x = torch.rand(1, 16, 8, 8)
+    y = block(x)
+    assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2]) and not y[:, :8].any() and not y[:, 24:].any()

@@ -187,7 +187,9 @@ def execute(cells: Sequence[papers.Cell], args: Namespace) -> list[list[str]]:
     todo = [row for row in every if row.runs[-1] in row.left(args.out)]
     if len(todo) < len(every) or not every:
         print(f"{len(every) - len(todo)} of {len(every)} rows are done already", file=sys.stderr)
-    if args.executor == "slurm" and todo:
+    if not todo:
+        return []
+    if args.executor == "slurm":
         options = dict(word.split("=", 1) for word in args.slurm or ())
         jobs.run_on_slurm(todo, args.out, args.time_limit, args.jobs or 256, options, args.dry_run)
     elif args.dry_run:

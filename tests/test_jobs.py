@@ -236,7 +236,7 @@ def test_rows_are_commands_of_reproduce(tmp_path, capsys):
     where = ("--out", tmp_path, "--checkpoints", tmp_path)
     flags = ("dafl-13", "--seeds", 2, "--executor", "slurm", "--time_limit", 60, "--dry-run", "--n_epochs", 5, *where)
     first, second = reproduce.main(reproduce.parse_args([*map(str, flags)]))
-    shown = capsys.readouterr().out
+    shown, runs = capsys.readouterr().out, []
     assert "#SBATCH --time=70\n" in shown and "#SBATCH --array=0-1%2\n" in shown
     assert f"# 1: dafl-13 seed 1: {shlex.join(second)}\n" in shown
     for seed, (_python, script, *argv) in enumerate((first, second)):
@@ -244,10 +244,12 @@ def test_rows_are_commands_of_reproduce(tmp_path, capsys):
         assert Path(script) == ROOT / "reproduce.py" and (args.cell, args.time_limit) == (["dafl-13"], 60)
         command = reproduce.commands(reproduce.chosen(args)[0], args)[-1]
         assert command[1 + command.index("--n_epochs")] == "5" and (seed == 0 or "--seed 1" in " ".join(command))
-    (tmp_path / reproduce.run_name(command)).mkdir()
-    (tmp_path / reproduce.run_name(command) / "result.json").touch()
-    assert reproduce.main(reproduce.parse_args([*map(str, flags)])) == [first]
-    assert "1 of 2 rows are done already" in capsys.readouterr().err
+        runs.append(tmp_path / reproduce.run_name(command))
+    for run, left in ((runs[1], [first]), (runs[0], [])):
+        run.mkdir()
+        (run / "result.json").touch()
+        assert reproduce.main(reproduce.parse_args([*map(str, flags)])) == left
+        assert f"{2 - len(left)} of 2 rows are done already" in capsys.readouterr().err
 
 
 def test_missing_rows_are_those_without_a_result(tmp_path, capsys):

@@ -9,12 +9,20 @@
     bash scripts/reproduce.sh dafl-13 --check        # exit code 1 unless its records reach the published value
     bash scripts/reproduce.sh dafl-13 --n_epochs 50  # any further flags go to the cell's own script
     bash scripts/reproduce.sh --select dataset=cifar10 method=Fast-5,Fast-10 --dry-run         # cells by their columns
+    bash scripts/reproduce.sh --missing --seeds 3 --executor local --jobs 2    # each cell and seed is a job
+    bash scripts/reproduce.sh --missing --seeds 3 --executor slurm --time_limit 240 --slurm partition=gpu gres=gpu:1
 
 Cells are the rows of results/paper_tables.csv, named after their paper and counted in its order; papers.py has their
 commands. A teacher whose file is in checkpoints/ or pretrained/ is not trained again. Runs that were stopped are
 resumed, finished ones are left alone. Data sets, transfer and wild sets are looked for, or downloaded, below
 --data_root. With --dataset none a cell's command reads no image: its score is the agreement with the teacher.
 `compare.py` puts what came out beside the published values.
+
+--executor (which needs submitit) makes a job of each cell and seed, its teacher first, and with --missing of those
+without evidence below --results. One that --time_limit stopped comes again until it is done: an epoch must fit into it.
+Any number of machines may do this with one shared --out and --checkpoints: each run is claimed by one process, which
+renews its claim every minute; that of a process that died is taken over, on another machine once it was silent for five
+minutes. Who runs what now is said at the end of --list. A failed row leaves the others alone; the exit code is then 1.
 """
 
 import datafree.interrupt  # noqa: F401
@@ -24,10 +32,12 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jobs
 import papers
+from datafree.claims import Claims, claimed
 from datafree.cli import FOLDER, STARTED, Parser, cli, count, positive, weight
 from datafree.errors import TimeLimit, UsageError
 from datafree.records import read_records
@@ -53,6 +63,10 @@ def parse_args(argv: Sequence | None = None) -> Namespace:
         ("--seeds", "run seeds 0 to N - 1 (default: %(default)s)", dict(type=count, default=1, metavar="N")),
         ("--time_limit", "stop with a checkpoint before so many minutes have passed, exit code 75",
          dict(type=positive, metavar="MINUTES")),
+        ("--executor", "make each cell and seed a job of this machine, or of Slurm; --dry-run prints the batch file",
+         dict(choices=("local", "slurm"))),
+        ("--jobs", "so many jobs at once (default: 1 on this machine, 256 on Slurm)", dict(type=count, metavar="N")),
+        ("--slurm", "further options of sbatch, by their long names", dict(nargs="+", metavar="KEY=VALUE")),
         ("--results", "where the records are, beside those in --out (default: results/ beside this script)",
          FOLDER | dict(default=str(HERE / "results"))),
     )  # fmt: skip
@@ -66,7 +80,15 @@ def parse_args(argv: Sequence | None = None) -> Namespace:
     args.cell, args.flags = rest[:first], rest[first:]
     if not (args.list or args.missing or args.cell or args.select):
         p.error("name a cell, or give --list")
-    if args.flags and (args.list or args.missing or args.check):
+    if args.executor and (args.list or args.check):
+        p.error("--executor runs rows: leave --list and --check out")
+    if args.jobs and not args.executor or args.slurm and args.executor != "slurm":
+        p.error("--jobs is for --executor, --slurm for --executor slurm")
+    if args.executor == "slurm" and not args.time_limit:
+        p.error("--executor slurm needs --time_limit MINUTES: after so many a job stops, and is queued again")
+    if wrong := [word for word in args.slurm or () if not all(word.partition("="))]:
+        p.error(f"--slurm {wrong[0]}: it takes KEY=VALUE")
+    if args.flags and (args.list or args.check or args.missing and not args.executor):
         p.error(f"these flags are for running a cell: {' '.join(args.flags)}")
     if args.seeds > 1 and any(flag.split("=")[0] == "--seed" for flag in args.flags):
         p.error("--seeds and --seed exclude each other")
@@ -84,8 +106,8 @@ def chosen(args: Namespace) -> list[papers.Cell]:
     return named or list(papers.cells())
 
 
-def show(cells: Sequence[papers.Cell], records: Sequence[dict]) -> None:
-    """Print each table's heading and its cells."""
+def show(cells: Sequence[papers.Cell], records: Sequence[dict], running: Mapping[str, str]) -> None:
+    """Print each table's heading and its cells, then which run is whose now."""
     heading = None
     for cell in cells:
         row = cell.row
@@ -94,6 +116,8 @@ def show(cells: Sequence[papers.Cell], records: Sequence[dict]) -> None:
         n, command = sum(map(len, papers.runs_of(cell, records).values())), cell.command or f"none: {cell.reason}"
         name = f"{cell.name:11}{row['value']:>7}  {f'{n} runs' if n else '':7} {cell.dataset:10}"
         print(f"{name} {row['method'][:34]:34} {cell.teacher} -> {cell.student}:  {command}")
+    if running:
+        print("\n# running now", *(f"{name}: {who}" for name, who in running.items()), sep="\n")
 
 
 def check(cell: papers.Cell, records: Sequence[dict], margin: float) -> bool:
@@ -126,31 +150,77 @@ def commands(cell: papers.Cell, args: Namespace) -> list[list[str]]:
     return [[*command, *shared, "--resume"] for command in made]
 
 
-def run(command: Sequence[str], time_limit: float | None) -> None:
-    """Run a script; its exit code, unless 0, is ours."""
-    if time_limit:
-        left = time_limit - (time.monotonic() - STARTED) / 60
-        if left <= 0:
-            raise TimeLimit("time limit: the same command goes on")
-        command = [*command, "--time_limit", f"{left:.2f}"]
-    if code := subprocess.run([sys.executable, HERE / command[0], *command[1:]]).returncode:
-        sys.exit(code)
+def run(command: Sequence[str], out: str, time_limit: float | None) -> None:
+    """Run a script, if nobody else does; its exit code, unless 0, is ours."""
+    with claimed(out, run_name(command)):
+        if time_limit:
+            left = time_limit - (time.monotonic() - STARTED) / 60
+            if left <= 0:
+                raise TimeLimit("time limit: the same command goes on")
+            command = [*command, "--time_limit", f"{left:.2f}"]
+        if code := subprocess.run([sys.executable, HERE / command[0], *command[1:]]).returncode:
+            sys.exit(code)
+
+
+def run_name(command: Sequence[str]) -> str:
+    """The name of the run that a script and its flags make."""
+    return papers.parse(command[0], command[1:]).run_name
+
+
+def rows(cells: Sequence[papers.Cell], args: Namespace) -> list[jobs.Row]:
+    """Each cell and seed as a job, whose command is this script's."""
+    ours = [word for flag in (*SHARED, "time_limit") if (value := getattr(args, flag)) for word in (f"--{flag}", value)]
+    made = []
+    for cell in cells:
+        for seed in range(args.seeds):
+            flags = [*args.flags, *(["--seed", str(seed)] if seed else [])]
+            runs = [run_name(c) for c in commands(cell, Namespace(**{**vars(args), "seeds": 1, "flags": flags}))]
+            command = [sys.executable, HERE / "reproduce.py", cell.name, *ours, *flags]
+            name = f"{cell.name} seed {seed}" if args.seeds > 1 else cell.name
+            made.append(jobs.Row(name, tuple(map(str, command)), tuple(runs)))
+    return made
+
+
+def execute(cells: Sequence[papers.Cell], args: Namespace) -> list[list[str]]:
+    """Hand the rows to submitit; returns their commands."""
+    every = rows(cells, args)
+    todo = [row for row in every if row.runs[-1] in row.left(args.out)]
+    if len(todo) < len(every) or not every:
+        print(f"{len(every) - len(todo)} of {len(every)} rows are done already", file=sys.stderr)
+    if not todo:
+        return []
+    if args.executor == "slurm":
+        options = dict(word.split("=", 1) for word in args.slurm or ())
+        jobs.run_on_slurm(todo, args.out, args.time_limit, args.jobs or 256, options, args.dry_run)
+    elif args.dry_run:
+        print("\n".join(f"# {row.name}\n{shlex.join(row.command)}" for row in todo))
+    elif failed := jobs.run_here(todo, args.out, args.jobs or 1, one_gpu=args.gpu is None):
+        print(f"{len(failed)} of {len(todo)} rows failed: {', '.join(failed)}", file=sys.stderr)
+        sys.exit(1)
+    return [[*row.command] for row in todo]
 
 
 def main(args: Namespace) -> list[list[str]] | None:
     """List, check, show or run; returns the commands that were, or would be, run."""
     cells = chosen(args)
     if args.list or args.missing or args.check:
-        records = read_records(args.results, *([args.out] if Path(args.out).is_dir() else []))
-        if args.check:
-            reached = [check(cell, records, args.margin) for cell in cells]
-            return [] if all(reached) else sys.exit(1)
-        return show([c for c in cells if args.list or (c.script and not papers.runs_of(c, records))], records)
+        # What --out has of the rows of --missing, each job sees for itself, seed by seed.
+        more = [args.out] if Path(args.out).is_dir() and not args.executor else []
+        records = read_records(args.results, *more)
+    if args.check:
+        reached = [check(cell, records, args.margin) for cell in cells]
+        return [] if all(reached) else sys.exit(1)
+    if args.missing and not args.list:
+        cells = [c for c in cells if c.script and not papers.runs_of(c, records)]
+    if args.executor:
+        return execute(cells, args)
+    if args.list or args.missing:
+        return show(cells, records, Claims(args.out).running())
     every = {shlex.join(command): command for cell in cells for command in commands(cell, args)}
     for command in every.values():  # one teacher serves several cells
         print(shlex.join(["python", *command]), flush=True)
         if not args.dry_run:
-            run(command, args.time_limit)
+            run(command, args.out, args.time_limit)
     return [*every.values()]
 
 

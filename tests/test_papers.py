@@ -342,7 +342,7 @@ def test_check(tmp_path, capsys):
 def test_exit_codes_of_runs(monkeypatch, tmp_path):
     ended, calls = type("Ended", (), {"returncode": 0}), []
     monkeypatch.setattr(reproduce.subprocess, "run", lambda command: calls.append(command) or ended)
-    flags = ("dafl-13", "--checkpoints", tmp_path)
+    flags = ("dafl-13", "--checkpoints", tmp_path, "--out", tmp_path)
     assert len(run(*flags, "--time_limit", "1000")) == len(calls) == 2
     assert all(float(command[-1]) < 1000 and command[-2] == "--time_limit" for command in calls)
     for ended.returncode in (75, 2):

@@ -271,22 +271,26 @@ def kept_images(args: Namespace, s: Session, place: Path) -> list[Tensor]:
     return [content[name].to(s.runtime.device) for name in ("synthetic", "unseen")]
 
 
-def calibration_images(args: Namespace, s: Session, synthetic: Tensor) -> Tensor:
-    """Images uint8 (N, C, H, W) of --calibrate_on: the synthetic ones, or as many others."""
+def calibration_images(args: Namespace, s: Session) -> Tensor | None:
+    """CALIBRATION images uint8 (N, C, H, W) of --calibrate_on, None if these are the synthetic ones."""
     if args.calibrate_on in (None, "synthetic"):
-        return synthetic
-    seeded = torch.Generator().manual_seed(args.seed)
+        return None
+    shape, seeded = (s.data.channels, s.data.img_size, s.data.img_size), torch.Generator().manual_seed(args.seed)
     if args.calibrate_on == "noise":  # normal as the networks see it, as vanilla_kd.py's
-        return (s.transform.denormalize(torch.randn(synthetic.shape, generator=seeded)) * 255).round().byte()
+        return (s.transform.denormalize(torch.randn(CALIBRATION, *shape, generator=seeded)) * 255).round().byte()
     split, _ = get_wild(args.calibrate_on, args.data_root, s.data.img_size, s.data.channels)
     rows = torch.randperm(len(split), generator=seeded)[:CALIBRATION]
     return next(iter(split.take(rows).batches(CALIBRATION)))[0]
 
 
 def write_files(
-    args: Namespace, s: Session, network: nn.Module, metadata: dict, synthetic: Tensor
+    args: Namespace, s: Session, network: nn.Module, metadata: dict, images: Tensor, calibration: Tensor
 ) -> tuple[dict[str, bytes], float | None]:
-    """Write what there are packages for; returns the contents, and how far ONNX's logits are from PyTorch's."""
+    """Write what there are packages for; returns the contents, and how far ONNX's logits are from PyTorch's.
+
+    Args:
+        images: to compare these on. calibration: to measure int8's ranges on; uint8 (N, C, H, W), both.
+    """
     files, difference, lacking = {}, None, export.missing(export.ONNX_TOOLS)
     checkpoint.save(dict(state_dict=network.state_dict(), metadata=metadata), Path(args.out) / "student.pt")
     if lacks := export.missing(["safetensors"]):
@@ -297,12 +301,11 @@ def write_files(
         print(f"student.onnx is left out: {lacking}")
     else:
         plain = export.Deployed(deepcopy(network).cpu(), s.transform.mean, s.transform.std)
-        pixels = synthetic[:64].cpu() if args.onnx_input == "uint8" else synthetic[:64].cpu() / 255
+        pixels = images[:64].cpu() if args.onnx_input == "uint8" else images[:64].cpu() / 255
         files["student.onnx"], difference = export.to_onnx(plain, pixels)
         print(f"student.onnx: its logits differ from PyTorch's by {difference:.1e} at most", flush=True)
     if args.int8 and not lacking:
-        images = calibration_images(args, s, synthetic).cpu()
-        files["student.int8.onnx"] = export.to_int8(files["student.onnx"], images)
+        files["student.int8.onnx"] = export.to_int8(files["student.onnx"], calibration.cpu())
     for name, content in files.items():
         checkpoint.write(Path(args.out) / name, content)
     return files, difference
@@ -317,6 +320,7 @@ def main(args: Namespace) -> dict:
     if args.num_classes not in (None, s.data.num_classes):
         text = f"--num_classes {args.num_classes}, but the data set has {s.data.num_classes} classes"
         raise UsageError(f"{text}: give the teacher's own data set, or none")
+    calibration = calibration_images(args, s)
     checkpoint.check_writable(out, "--out")
     check = check_teacher(s, out, args.resume)
     if same:
@@ -332,7 +336,8 @@ def main(args: Namespace) -> dict:
         metadata = content["metadata"]
         synthetic, unseen = of_run(s, run, CALIBRATION)
     write_grid(out / "images.png", synthetic[:64] / 255)
-    files, difference = write_files(args, s, network, metadata, synthetic)
+    calibration = synthetic if calibration is None else calibration
+    files, difference = write_files(args, s, network, metadata, unseen, calibration)
     statistics = list(s.transform.mean), list(s.transform.std)
     networks = {"teacher": export.Deployed(s.teacher, *statistics).to(s.runtime.device)}
     if not same:

@@ -1,0 +1,58 @@
+"""Writes README.md beside it from the card.json files there:   python results/compress/table.py"""
+
+import json
+import statistics
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+IMAGES = ("noise", "synthetic images", "real images")
+WORDS = dict(zip(("noise", "synthetic"), IMAGES, strict=False))
+
+
+def table(folder: Path = HERE) -> str:
+    """The page: int8 accuracy of each network by what its ranges were measured on, and what that says of noise."""
+    cards = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    groups = {}
+    for card in cards:
+        on = WORDS.get(card["calibrated_on"], "real images")
+        groups.setdefault((card["teacher"], card["dataset"]), {}).setdefault(on, []).append(card)
+    head = ["network", "data", "float32", *(f"int8, {on}" for on in IMAGES), "ms: PyTorch, ONNX, int8"]
+    rows = [head, ["---"] * len(head)]
+    remarks = []
+    for (network, dataset), by in groups.items():
+        means, cells, errors = {}, [], []
+        for on in IMAGES:
+            scores = [card["networks"]["student.int8.onnx"]["accuracy"] for card in by.get(on, ())]
+            if scores:
+                means[on] = statistics.fmean(scores)
+                errors.append(by[on][0]["networks"]["student.int8.onnx"]["standard_error"])
+            spread = f", {min(scores):.2f} to {max(scores):.2f}" if len(scores) > 1 else ""
+            cells.append(f"{means[on]:.2f} ({len(scores)}{spread})" if scores else "not run")
+        every = [card for group in by.values() for card in group]
+        exact = every[0]["networks"]["teacher"]
+        times = [statistics.median(c["networks"][n]["milliseconds"] for c in every)
+                 for n in ("teacher", "student.onnx", "student.int8.onnx")]  # fmt: skip
+        first = f"{exact['accuracy']:.2f} ± {exact['standard_error']:.2f}"
+        tested = f"{dataset}, {every[0]['test_images']:,} test images"
+        rows.append([network, tested, first, *cells, ", ".join(f"{t:.2f}" for t in times)])
+        if {"noise", "synthetic images"} <= means.keys():
+            gain = means["synthetic images"] - means["noise"]
+            better = "are better than noise" if gain > 2 * max(errors) else "are no better than noise"
+            remarks.append(f"- {network}: synthetic images {better} (by {gain:+.2f} points; a standard error is "
+                           f"{max(errors):.2f}).")  # fmt: skip
+    hardware = " and ".join(sorted({card["hardware"] for card in cards}))
+    text = [
+        "# A network in int8, its ranges measured without its data",
+        "`compress.py --student same --int8 --calibrate_on ...`, 512 images each; the cards beside this page have the "
+        "commands, and `python results/compress/table.py` writes it from them.",
+        "\n".join(f"| {' | '.join(row)} |" for row in rows),
+        "Accuracy in percent: float32 ± its standard error by the number of test images; int8 as the mean over seeds "
+        "(how many, from the lowest to the highest). Milliseconds of one image: medians, in turn in one process, "
+        f"{hardware}, shared with other work: compare them within a row.",
+        "\n".join(remarks),
+    ]
+    return "\n\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    (HERE / "README.md").write_text(table())

@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.rendezvous import rendezvous
 from torch.optim import Optimizer
 
 from datafree.errors import UsageError
@@ -37,14 +38,20 @@ RANK, SIZE, LOCAL_RANK = (
     int(os.environ.get(name, other)) if LAUNCHED else other
     for name, other in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 )
-RESTARTED = LAUNCHED and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if LAUNCHED else 0
+_store: dist.Store | None = None  # what the processes share; of this start of them
 _joined = True  # whether networks give the whole batch's outputs
 
 
 def meet() -> None:
     """Meet the other processes, once."""
+    global _store
     if SIZE > 1 and not dist.is_initialized():
-        dist.init_process_group(timeout=PATIENCE)  # gloo for a CPU's tensors, NCCL for GPUs'
+        # torchrun's store outlives a restart: addresses that the ended processes left there are not for these.
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+        _store = dist.PrefixStore(f"restart {RESTARTS}", store)
+        # gloo for a CPU's tensors, NCCL for GPUs'
+        dist.init_process_group(store=_store, rank=rank, world_size=size, timeout=PATIENCE)
         atexit.register(_end)
 
 
@@ -59,7 +66,7 @@ def begin(args: Namespace) -> None:
         if (n := getattr(args, flag, 0)) % SIZE:
             text = f"--{flag} {n} cannot be divided among {SIZE} processes"
             raise UsageError(f"{text}: choose a multiple, or another --nproc_per_node")
-    args.resume = args.resume or RESTARTED
+    args.resume = args.resume or RESTARTS > 0
     if RANK and not args.evaluate_only:
         args.out = tempfile.mkdtemp(prefix="datafree-")
         atexit.register(shutil.rmtree, args.out, ignore_errors=True)
@@ -79,7 +86,7 @@ def complains() -> bool:
     """Whether this process is to say what ended it: the first one that asks, for all."""
     if dist.is_initialized():
         with suppress(RuntimeError):  # the store is gone where rank 0's machine is
-            return dist.distributed_c10d._get_default_store().add("complaints", 1) == 1
+            return _store.add("complaints", 1) == 1
     return RANK == 0
 
 

@@ -45,8 +45,8 @@ def table(folder: Path = HERE) -> str:
     fewer = ", ".join(f"{card['networks']['student.int8.onnx']['accuracy']:.2f}" for card in fewer)
     remarks.append(
         "- The synthetic images are those of the last four of sixteen rounds, of wrn40_2 of ten, for want of time. "
-        f"After ten rounds wrn16_1's seeds ended at {fewer} (`ten_rounds/`): too few rounds make images whose ranges are "
-        "too narrow. Where there is no test, noise is the safer choice for a network with BatchNorm."
+        f"After ten rounds wrn16_1's seeds ended at {fewer} (`ten_rounds/`): how good such images are for this varies. "
+        "Where nothing can be tested, noise was the safer choice for these networks with BatchNorm."
     )
     hardware = " and ".join(sorted({card["hardware"] for card in cards}))
     text = [

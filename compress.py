@@ -228,10 +228,12 @@ def distil(args: Namespace, s: Session) -> tuple[Namespace, dict]:
         print(f"{method}: measuring a few steps", flush=True)
         costs = [run_seconds(script, parsed, steps) for steps in (1, 11)]
         plan |= dict(zip(("n_epochs", "steps"), lengths(args.minutes or 5.0, *costs, most), strict=True))
+        whole = most[0] * (costs[0] + most[1] * max(costs[1] - costs[0], 0) / 10) / 60
+        print(f"all of the recipe takes about {whole:,.0f} minutes here: --minutes says how many of them", flush=True)
     checkpoint.write_json(place, plan)
     n_epochs, steps = plan["n_epochs"], plan["steps"]
     share = n_epochs * steps / (most[0] * most[1])
-    print(f"{method}: {n_epochs} epochs of {steps} steps, {share:.1%} of the recipe's length", flush=True)
+    print(f"{method}: {n_epochs} epochs of {steps} steps, {share:.2%} of the recipe's length", flush=True)
     run = parsed(n_epochs, steps, out=args.out, resume=args.resume)
     result = script.main(run)
     made = dict(method=method, n_epochs=n_epochs, steps=steps, share_of_recipe=share, seconds=result["seconds"])
@@ -254,7 +256,7 @@ def lengths(minutes: float, one: float, eleven: float, most: tuple[int, int]) ->
     """
     seconds, step = 60 * minutes, max((eleven - one) / 10, one / 1000)
     rest = max(one - step, 1e-3)
-    n_epochs = min(most[0], int(max(5, 0.3 * seconds / rest)))
+    n_epochs = min(most[0], int(max(2, 0.3 * seconds / rest)))
     steps = max(1, min(most[1], int((seconds / n_epochs - rest) / step)))
     if steps == most[1]:
         n_epochs = max(1, min(most[0], int(seconds / (rest + steps * step))))

@@ -70,7 +70,7 @@ def describe(card: Mapping) -> str:
     if made := card["made"]:
         text.append(
             f"The student was made by {made['method']}: {made['n_epochs']} epochs of {made['steps']} steps, "
-            f"{made['share_of_recipe']:.1%} of the recipe's length, {made['generated_images']:,} images, "
+            f"{made['share_of_recipe']:.2%} of the recipe's length, {made['generated_images']:,} images, "
             f"{made['seconds']:.0f} s. `{made['run']}/` is that run; --minutes makes it longer."
         )
     if card["calibrated_on"]:

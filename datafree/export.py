@@ -46,9 +46,9 @@ class Deployed(nn.Module):
 
 
 class OnnxNetwork(nn.Module):
-    """An ONNX file's content as a network: pixels uint8 (N, C, H, W) to logits, on the CPU, by onnxruntime.
+    """An ONNX file's content as a network on the CPU, by onnxruntime, with as many threads as PyTorch has.
 
-    Uses as many threads as PyTorch does.
+    It takes pixels (N, C, H, W), uint8, or what the file takes.
     """
 
     def __init__(self, content: bytes):
@@ -67,7 +67,7 @@ class OnnxNetwork(nn.Module):
 
 def _as_input(pixels: Tensor, as_bytes: bool):
     pixels = pixels.cpu().contiguous()
-    return (pixels if as_bytes else pixels.float() / 255).numpy()
+    return (pixels if as_bytes or pixels.is_floating_point() else pixels.float() / 255).numpy()
 
 
 @contextmanager
@@ -115,9 +115,7 @@ def to_onnx(model: Deployed, pixels: Tensor) -> tuple[bytes, float]:
     content = program.model_proto.SerializeToString()
     with torch.no_grad():
         logits = model(pixels)
-    as_bytes = (pixels * 255).round().to(torch.uint8) if pixels.is_floating_point() else pixels
-    found = OnnxNetwork(content)(as_bytes)
-    difference = ((found - logits).abs().max() / logits.abs().max().clamp_min(1)).item()
+    difference = ((OnnxNetwork(content)(pixels) - logits).abs().max() / logits.abs().max().clamp_min(1)).item()
     if not difference <= TOLERANCE:
         text = f"its ONNX logits differ by {difference:.1e} from PyTorch's, more than {TOLERANCE}"
         raise UsageError(f"{text}: the network does something that ONNX does not, look at its forward")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -229,3 +231,8 @@ def test_mistakes(folder, tmp_path, refused):
         (("--student", "resnet999"), "invalid choice"),
     ):
         assert words in refused(compress, *flags)
+
+
+def test_the_page_on_int8_says_what_its_cards_say():
+    folder = Path(__file__).resolve().parent.parent / "results" / "compress"
+    assert (folder / "README.md").read_text() == runpy.run_path(str(folder / "table.py"))["table"]()

@@ -62,9 +62,6 @@ class TinySegmenter(nn.Module):
         return self.head(self.bn(self.conv(x)).relu())
 
 
-models.register("tiny_seg", TinySegmenter, SEGMENTERS)
-
-
 def prepare(out: Path) -> None:
     """Pictures of three classes, wild ones, street scenes, and untrained teachers."""
     rng, classes = np.random.default_rng(0), ("a", "b", "c")
@@ -109,6 +106,7 @@ def flags(name: str, out: Path) -> list[str]:
 
 
 def main(out: Path, names: list[str]) -> None:
+    models.register("tiny_seg", TinySegmenter, SEGMENTERS)
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double  # images and logits as well
     # A bias before a BatchNorm has no gradient but rounding, which Adam would blow up to whole steps.

@@ -43,6 +43,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_pil_image
 
+import bench_ranks
 import DAFL_train
 import datafree_kd
 import DFAD_camvid_deeplab
@@ -315,11 +316,12 @@ def matmul_peak(runtime: Runtime) -> float:
 def start_process(name: str, args: Namespace) -> None:
     """Make the networks of one way, in its own process."""
     global way
+    distributed.meet()
     way = SETTINGS[args.setting](name, args, setup(args))
 
 
 def measure(kind: str, label: str | None = None, count: int = 1) -> float:
-    """In the process of one way: the matrix product's speed, a step's arithmetic or seconds, or bytes of memory."""
+    """In the process of one way: a matrix product's speed; of a step arithmetic, bytes sent, seconds; or memory."""
     step = way.steps.get(label)
     if kind == "peak":
         return matmul_peak(way.runtime)
@@ -327,6 +329,8 @@ def measure(kind: str, label: str | None = None, count: int = 1) -> float:
         with FlopCounterMode(display=False) as counter:
             step(way)
         return counter.get_total_flops()
+    if kind == "bytes":
+        return bench_ranks.bytes_of(lambda: step(way))
     if kind == "seconds":
         step(way)
         return seconds_of(lambda: step(way), way.device, count)
@@ -348,11 +352,10 @@ def finish(args: Namespace, runtime: Runtime, **figures: object) -> dict[str, ob
 
 def main(args: Namespace) -> dict[str, object]:
     """Measure and print; returns the figures."""
-    if args.ranks:
-        import bench_ranks
-
-        return bench_ranks.main(args)
     runtime = setup(args)
+    if args.ranks:
+        figures = bench_ranks.compare(args, runtime, SETTINGS[args.setting].steps, start_process, measure)
+        return finish(args, runtime, setting=args.setting, batch_size=args.batch_size, ranks=figures)
     process = {name: ProcessPoolExecutor(1, get_context("spawn"), start_process, (name, args)) for name in WAYS}
 
     def ask(*question: object) -> dict[str, float]:

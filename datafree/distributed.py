@@ -28,7 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.optim import Optimizer
 
 from datafree.errors import UsageError
-from datafree.losses import at_least_float32
+from datafree.losses import channel_statistics
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # while one unpacks data; a rank that dies ends the others at once, by torchrun
@@ -286,24 +286,25 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
-        var, mean = torch.var_mean(at_least_float32(x), (0, 2, 3), correction=0)
-        ((mean, var),) = pool_statistics([(mean, var)])
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
+        ((mean, var),) = pool_statistics([channel_statistics(x)])
+        ctx.save_for_backward(x, weight, mean, var)
         ctx.mark_non_differentiable(mean, var)
+        ctx.eps = eps
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), mean, var
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor, *_) -> tuple[Tensor | None, ...]:
-        x, weight, mean, scale = ctx.saved_tensors
-        n = count(x) * x[0, 0].numel()
-        precise = gradient.to(mean.dtype)
-        sums = torch.stack([precise.sum((0, 2, 3)), (precise * (x - mean.view(1, -1, 1, 1))).sum((0, 2, 3))])
-        g_bias, g_weight = sums[0].clone(), sums[1] * scale  # the rank's part, as of all parameters
-        g_mean, g_var = total(sums) / n
-        slope = scale if weight is None else weight * scale
-        curve = -slope * scale.square() * g_var
-        offset = -slope * g_mean - curve * mean
-        slope, curve, offset = (v.to(x.dtype).view(1, -1, 1, 1) for v in (slope, curve, offset))
-        g_x = torch.addcmul(torch.addcmul(offset, x, curve), gradient, slope)
+        x, weight, mean, var = ctx.saved_tensors
+        scale = torch.ones_like(mean) if weight is None else weight
+        # As if mean and variance were constants: also the sums over the rank's rows that what depends on them needs.
+        g_x, g_weight, g_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, scale, mean, var, None, None, False, ctx.eps, [True] * 3
+        )
+        n, width = count(x) * x[0, 0].numel(), (var + ctx.eps).rsqrt()
+        along, level = total(torch.stack([g_weight, g_bias])) / n
+        curve = -scale * width.square() * along
+        offset = -scale * width * level - curve * mean
+        offset, curve = (v.to(x.dtype).view(1, -1, 1, 1) for v in (offset, curve))
+        g_x += torch.addcmul(offset, x, curve)
         return g_x, *((None, None) if weight is None else (g_weight, g_bias)), None

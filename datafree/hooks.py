@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from datafree import distributed
 from datafree.errors import UsageError
-from datafree.losses import at_least_float32
+from datafree.losses import at_least_float32, channel_statistics
 
 
 class BatchNormHooks:
@@ -147,7 +147,7 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
-        var, mean = torch.var_mean(at_least_float32(x), (0, 2, 3), correction=0)
+        mean, var = channel_statistics(x)
         ctx.save_for_backward(x, mean)
         return mean, var
 

@@ -48,7 +48,7 @@ import datafree_kd
 import DFAD_cifar
 import DFAD_mnist
 from data import get_wild
-from datafree import checkpoint, export
+from datafree import checkpoint, distributed, export
 from datafree.card import describe, measure, versions
 from datafree.cli import DEVICE, FOLDER, RUN, Parser, batch, cli, count, network, positive
 from datafree.errors import UsageError
@@ -315,6 +315,7 @@ def write_files(
 
 def main(args: Namespace) -> dict:
     """All four steps; returns the content of card.json."""
+    distributed.alone("compress.py")
     same, known = args.student == "same", args.student not in ("same", "auto")
     # Any network stands in for a student that there is not, or that is not known yet.
     s = Session(datafree_kd.parse_args(shared(args, args.student if known else "wrn16_1")))

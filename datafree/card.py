@@ -1,6 +1,5 @@
 """What is known of a compressed network: scores, sizes and times of what it is now, and its README.md."""
 
-import math
 from collections.abc import Mapping
 from contextlib import suppress
 from copy import deepcopy
@@ -11,7 +10,7 @@ from tqdm import tqdm
 
 from data import Dataset
 from datafree.export import ONNX_TOOLS, latencies, multiply_adds, parameters
-from datafree.metrics import agreement, classification_scores
+from datafree.metrics import agreement, classification_scores, standard_error
 from datafree.runtime import Runtime
 
 
@@ -27,8 +26,7 @@ def measure(networks: Mapping[str, nn.Module], data: Dataset, unseen: Tensor) ->
         facts[name] = {"agreement": agreement(network, networks["teacher"], unseen.split(250), exact)}
         if data.test is not None:
             score = classification_scores(network, data, lambda pixels: pixels, exact)["Acc@1"]
-            error = math.sqrt(score * (100 - score) / len(data.test))
-            facts[name] |= {"accuracy": score, "standard_error": error}
+            facts[name] |= {"accuracy": score, "standard_error": standard_error("Acc@1", score, data)}
     one = unseen[:1].cpu()
     local = {name: deepcopy(network).cpu() for name, network in networks.items() if ".onnx" not in name}
     for name, network in local.items():

@@ -202,17 +202,17 @@ class _Whole(torch.autograd.Function):
 
 
 def pool_statistics(statistics: list) -> list:
-    """The whole batch's (mean, biased variance), each (C,), from each layer's of the rank's share."""
-    if SIZE == 1 or not statistics:
+    """The whole batch's (mean, biased variance), each (C,), from each layer's of the rank's share; None stays None."""
+    found = [pair for pair in statistics if pair]
+    if SIZE == 1 or not found:
         return statistics
-    sizes = [len(mean) for mean, _ in statistics]
-    shares = whole(
-        torch.cat([torch.cat([mean for mean, _ in statistics]), torch.cat([var for _, var in statistics])])[None]
-    )
+    sizes = [len(mean) for mean, _ in found]
+    shares = whole(torch.cat([part for kind in zip(*found, strict=True) for part in kind])[None])  # in one message
     means, variances = shares.chunk(2, dim=1)
     mean = means.mean(0)
     var = variances.mean(0) + (means - mean).square().mean(0)
-    return list(zip(mean.split(sizes), var.split(sizes), strict=True))
+    pooled = zip(mean.split(sizes), var.split(sizes), strict=True)
+    return [pair and next(pooled) for pair in statistics]
 
 
 def join(network: nn.Module) -> None:
@@ -222,10 +222,8 @@ def join(network: nn.Module) -> None:
         network.register_forward_hook(_gather_outputs)
 
 
-def _gather_outputs(_network: nn.Module, _images: tuple, outputs):
-    if not _joined:
-        return outputs
-    return tuple(map(whole, outputs)) if isinstance(outputs, tuple) else whole(outputs)
+def _gather_outputs(_network: nn.Module, _images: tuple, logits: Tensor) -> Tensor:
+    return whole(logits) if _joined else logits
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import pytest
 import ranks
 import torch
 
-from datafree import checkpoint
+from datafree import checkpoint, distributed
+from datafree.losses import channel_statistics
 
 HERE = Path(__file__).resolve().parent
 FEW = ("teacher_train", "DAFL_train", "DFAD_camvid_deeplab", "DFND_train", "dfq", "cmi", "fast_meta", "imagenet")
@@ -72,6 +73,18 @@ def test_ranks_end_with_the_weights_of_one_process(n, name, out):
     rows = [checkpoint.read(path)["run"]["rows"][-1] for path in files]
     for key in rows[0].keys() - {"seconds", "synthesis_seconds"}:
         assert rows[1][key] == pytest.approx(rows[0][key], rel=1e-9, abs=1e-12)
+
+
+def test_statistics_of_shares_are_those_of_the_whole(monkeypatch):
+    x = torch.randn(8, 3, 4, 4, dtype=torch.float64) + torch.arange(8).view(-1, 1, 1, 1)  # shares of other means
+    shares = [channel_statistics(x[rank::2]) for rank in range(2)]
+    other = torch.cat([shares[1][0], shares[1][0], shares[1][1], shares[1][1]])[None]
+    monkeypatch.setattr(distributed, "SIZE", 2)
+    monkeypatch.setattr(distributed, "whole", lambda own: torch.cat([own, other]))
+    first, none, last = distributed.pool_statistics([shares[0], None, shares[0]])  # a layer that did not run
+    assert none is None
+    for pair in (first, last):
+        assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(pair, channel_statistics(x), strict=True))
 
 
 def test_the_pool_has_the_images_in_the_order_of_one_process(out):

@@ -351,7 +351,8 @@ def cli(main: Callable, parse_args: Callable) -> None:
         _stop(f"{what}: {cure}; what is saved is whole, --resume goes on from it", 2)
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
         if distributed.lost(error):
-            _stop("another process of this run is gone; --resume goes on from the last whole epoch", 1)
+            # torchrun reports the one that fails first, and ends the others: that is not to be this one.
+            _stop("another process of this run is gone; --resume goes on from the last whole epoch", 1, delay=10)
         if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
             raise
         flags = "batch_size", "synthesis_batch_size", "pool_size", "bank_size", "memory", "img_size", "nz", "ngf"
@@ -368,7 +369,8 @@ def silence() -> Iterator[None]:
         yield
 
 
-def _stop(message: str, code: int) -> None:
+def _stop(message: str, code: int, delay: float = 0) -> None:
     if distributed.complains():
         print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
+    time.sleep(delay)
     sys.exit(code)

@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 
 from datafree.errors import UsageError
 from datafree.losses import channel_statistics
+from models.generator import GeneratorA
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # while one unpacks data; a rank that dies ends the others at once, by torchrun
@@ -260,6 +261,8 @@ def synchronize(network: nn.Module) -> None:
     for module in network.modules() if SIZE > 1 else ():
         if isinstance(module, nn.BatchNorm2d):
             module.__class__, module.process_group = BatchNorm2d, None
+        if isinstance(module, GeneratorA):
+            module.whole = whole
 
 
 class BatchNorm2d(nn.SyncBatchNorm, nn.BatchNorm2d):

@@ -11,6 +11,7 @@ Every generator has `nz`, `img_size`, `channels`, `latent_shape` and `latents(n)
 (N, nz, 1, 1) gives images (N, channels, img_size, img_size) in channels_last memory.
 """
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -130,6 +131,7 @@ class GeneratorA(Generator):
     def __init__(self, nz: int, img_size: int = 32, channels: int = 3, ngf: int = 64, bn_eps: float = 1e-5):
         super().__init__(nz, img_size, channels)
         self.folded = True
+        self.whole: Callable[[Tensor], Tensor] = lambda z: z  # of several processes' shares of latents: all
         self.l1 = nn.Sequential(nn.Linear(nz, 2 * ngf * self.init_size**2))
         self.conv_blocks0 = nn.Sequential(nn.BatchNorm2d(2 * ngf))
         self.conv_blocks1 = nn.Sequential(*_doubled(2 * ngf, 2 * ngf, eps=bn_eps))
@@ -157,13 +159,14 @@ class GeneratorA(Generator):
         weight = linear.weight.view(norm.num_features, -1, self.nz)
         bias = linear.bias.view(norm.num_features, -1)
         with torch.autocast(z.device.type, enabled=False):
-            centre = z.mean(0)
-            covariance = (z - centre).t() @ (z - centre) / len(z)
+            latents = self.whole(z)
+            centre = latents.mean(0)
+            covariance = (latents - centre).t() @ (latents - centre) / len(latents)
             means = weight @ centre + bias
             mean = means.mean(1)
             var = ((weight @ covariance) * weight).sum(2).mean(1) + means.var(1, correction=0)
         with torch.no_grad():
-            n = len(z) * means.shape[1]
+            n = len(latents) * means.shape[1]
             norm.running_mean.lerp_(mean, norm.momentum)
             norm.running_var.lerp_(var * (n / (n - 1)), norm.momentum)
             norm.num_batches_tracked += 1

@@ -36,6 +36,7 @@ CASES = {
     "vanilla_kd": (vanilla_kd, "--n_epochs 1 --batch_size 12 --alpha 0.9 --beta 0.1"),
     "noise": (vanilla_kd, "--n_epochs 1 --batch_size 12 --transfer_set noise"),
     "DAFL_train": (DAFL_train, "--n_epochs 1 --iterations 3 --batch_size 12 --nz 4"),
+    "DAFL_train_folded": (DAFL_train, "--n_epochs 1 --iterations 3 --batch_size 12 --nz 1"),
     "DFAD_cifar": (DFAD_cifar, GAME),
     "DFAD_camvid_deeplab": (DFAD_camvid_deeplab, f"{GAME} --img_size 32 --teacher tiny_seg --student tiny_seg"),
     "ZSKT_train": (ZSKT_train, GAME),

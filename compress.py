@@ -197,7 +197,7 @@ def recipe_of(method: str, teacher: str, small: bool) -> tuple[ModuleType, str, 
         presets = DFAD_mnist.PRESETS["mnist"] | dict(batch_size=128), DFAD_cifar.PRESETS["cifar10"]
         return DFAD_cifar, "epoch_itrs", presets[not small] | dict(scheduler=True)
     g_steps = 5 if issubclass(METHODS[method].family, Fast) else METHODS[method].recipe["g_steps"]
-    recipe = {**METHODS[method].recipe, **METHODS[method].adjust(teacher, g_steps), "g_steps": g_steps}
+    recipe = {**METHODS[method].recipe, **METHODS[method].adjust("", teacher, g_steps), "g_steps": g_steps}
     return datafree_kd, "ep_steps", recipe | dict(method=method) | (datafree_kd.SMALL["digits"] if small else {})
 
 

@@ -54,7 +54,8 @@ FAST = {
     "DeepInv-2k": "--method deepinv --g_steps 2000", "CMI-500": "--method cmi --g_steps 500",
     **{f"Fast-{n}": f"--method fast_meta --g_steps {n}" for n in (2, 5, 10)},
 }  # fmt: skip
-NAYER = "NAYER is not built"
+# NAYER-n: n epochs behind 20 of warm-up.
+NAYER = {f"NAYER-{n}": f"--method nayer --n_epochs {n + 20}" for n in (100, 200, 300)}
 UNKNOWN = "the figure does not say with which settings NAYER's authors ran Fast-Datafree"
 WITHOUT = {
     "Meta data": "another paper's method (Lopes et al. 2017), which needs the teacher's activation statistics",
@@ -63,7 +64,7 @@ WITHOUT = {
     "SpaceshipNet": "another paper's method (Yu et al. 2023)",
     "MAD": "another paper's method (Do et al. 2022)",
     "(row describes another algorithm, WSLD)": "not data-free: another algorithm's row",
-    **{f"NAYER-{n}": NAYER for n in (100, 200, 300)}, **{f"Fast (FM-{n})": UNKNOWN for n in (100, 200, 300)},
+    **{f"Fast (FM-{n})": UNKNOWN for n in (100, 200, 300)},
 }  # fmt: skip
 # What makes a run a run of a cell, whatever its name and length; other flags differ and are named beside its score.
 IDENTITY = ("script", "dataset", "model", "recipe", "pretrained", "teacher", "student", "teacher_recipe", "method",
@@ -196,6 +197,8 @@ def _command(paper: str, dataset: str, method: str) -> str:
         return f"vanilla_kd{'_seg' * (dataset in SEGMENTATIONS)} --transfer_set {transfer[method]}"
     if method in FAST and paper == "fast" or method == "DeepInversion":
         return f"datafree_kd {FAST[method]}"
+    if method in NAYER:
+        return f"datafree_kd {NAYER[method]}"
     variant = " --variant mmrazor" * (paper == "mmrazor")
     return {
         "DAFL": f"DAFL_train{variant}",

@@ -21,7 +21,7 @@ GENERATORS = {"DAFL_train.py": "dafl", "DFAD_cifar.py": "generator_a"}
 def maker_of(s: Session, n: int, g_steps: int, **settings: float) -> Fast:
     """What makes n images a round in g_steps updates, as Fast-Datafree does, but without a student."""
     method = METHODS["fast_meta"]
-    recipe = {**method.recipe, **method.adjust("", g_steps), **method.fixed, **settings}
+    recipe = {**method.recipe, **method.adjust("", "", g_steps), **method.fixed, **settings}
     recipe |= dict(adv=0.0, synthesis_batch_size=n, g_steps=g_steps, as_published=False)
     recipe["bn"] *= bool(BatchNormHooks(s.teacher).layers)
     generator = s.generator(recipe["generator"], recipe["nz"], ngf=recipe["ngf"])

@@ -5,6 +5,7 @@
 - `FastGenerator`, `DeepGenerator`: Up to 100x Faster Data-Free Knowledge Distillation (Fang et al. 2022), for its
   32-pixel and its ImageNet rows. `FastGenerator(widen=2)` is the larger one of Contrastive Model Inversion (Fang et al.
   2021).
+- `NoisyLayers` makes the latents of a generator from embeddings of labels: NAYER (Tran et al. 2024).
 - `ZSKTGenerator`: zero-shot knowledge transfer (Micaelli and Storkey 2019) as MMRazor sets it.
 
 Every generator has `nz`, `img_size`, `channels`, `latent_shape` and `latents(n)`; calling it on latents (N, nz) or
@@ -197,6 +198,35 @@ class FastGenerator(Generator):
 
     def forward(self, z: Tensor) -> Tensor:
         return self.conv_blocks(self.to_map(self.l1(z.flatten(1))))
+
+
+class NoisyLayers(nn.Module):
+    """NAYER's: embeddings of labels (N, E) become latents (N, nz), each `classes` rows by a linear layer of their own.
+
+    Before them a batch norm. They are redrawn, not learnt from batch to batch; equal rows of one layer stay equal.
+
+    Args:
+        n: linear layers; fewer rows leave the last ones unused.
+    """
+
+    def __init__(self, size: int, nz: int, classes: int, n: int):
+        super().__init__()
+        self.n1, self.classes = nn.BatchNorm1d(size), classes
+        self.weight, self.bias = nn.Parameter(torch.empty(n, nz, size)), nn.Parameter(torch.empty(n, nz))
+        self.redraw()
+
+    @torch.no_grad()
+    def redraw(self, generator: torch.Generator | None = None) -> None:
+        """Weights N(0, 1), biases 0."""
+        device = generator.device if generator else self.weight.device
+        self.weight.copy_(torch.randn(self.weight.shape, device=device, generator=generator))
+        self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, blocks = len(x), -(-len(x) // self.classes)
+        x = F.pad(self.n1(x), (0, 0, 0, blocks * self.classes - n)).view(blocks, self.classes, -1)
+        z = torch.baddbmm(self.bias[:blocks, None], x, self.weight[:blocks].transpose(1, 2))
+        return z.flatten(0, 1)[:n]
 
 
 class ZSKTGenerator(FastGenerator):

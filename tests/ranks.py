@@ -49,6 +49,7 @@ CASES = {
     "cmi": (datafree_kd, f"--method cmi {KD} --g_steps 3 --bank_size 40 --n_neg 5"),
     "fast": (datafree_kd, f"--method fast {KD} --g_steps 3"),
     "fast_meta": (datafree_kd, f"--method fast_meta {KD} --g_steps 3"),
+    "nayer": (datafree_kd, f"--method nayer {KD} --g_steps 3 --g_loops 2"),
     "reptile": (datafree_kd, f"--method fast_meta {KD} --g_steps 3 --is_maml 0"),
     "imagenet": (datafree_kd_imagenet, f"{KD.replace('--warmup 0', '')} --g_steps 2 --phase1_rounds 1 --z_rounds 4"),
 }

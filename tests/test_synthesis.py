@@ -522,7 +522,7 @@ def test_deepinversion_mirrors_a_whole_batch(tmp_path):
 @pytest.mark.parametrize(("teacher", "width"), [("resnet34", 512), ("resnet8", 16 + 16 + 32), ("wrn16_1", None)])
 def test_cmi_looks_at_what_enters_the_stages(teacher, width, tmp_path):
     """As CMI's repository does for its ResNet-34, and as it is then the default here."""
-    adjusted = synthesis.METHODS["cmi"].adjust(teacher, None)
+    adjusted = synthesis.METHODS["cmi"].adjust("cifar10", teacher, None)
     assert adjusted == ({"feature_layers": "blocks"} if teacher == "resnet34" else {})
     if width is None:
         with pytest.raises(UsageError, match="no stages"):

@@ -1,4 +1,4 @@
-"""Who makes the images of datafree_kd.py: four families with the same methods, each in its file with what it serves.
+"""Who makes the images of datafree_kd.py: five families with the same methods, each in its file with what it serves.
 
 - `synthesize(adversarial, tick)`: one round of optimisation; returns the last losses by name.
 - `sample(n, batch_size)`: n batches of normalised images for the student.
@@ -14,3 +14,4 @@ from .cmi import CMI
 from .deepinversion import DeepInversion
 from .fast import IMAGENET, Fast, FastLatents
 from .generative import Generative
+from .nayer import Nayer

@@ -53,6 +53,7 @@ class Synthesizer:
     settings: tuple[str, ...] = ("synthesis_batch_size", "g_steps")  # these weights, and the rest
     pooled = True  # whether images are kept
     kept: tuple[str, ...] = ()  # the attributes whose states a resumed run needs
+    early = True  # whether the published code turns the adversarial term on an epoch before the student
     published_T: float | None = None  # the temperature that the published code distils at, whatever it is told
 
     def __init__(
@@ -75,6 +76,15 @@ class Synthesizer:
         """
         losses = self.round(adversarial, tick) if self.has_terms(adversarial) else {}
         return {k: v.detach() for k, v in losses.items()}
+
+    @classmethod
+    def batches(cls, settings: Mapping[str, object], adversarial: bool) -> int:
+        """How many batches of images a round makes, by settings that include the family's own."""
+        return 1
+
+    def updates(self, adversarial: bool) -> int:
+        """How often a round calls `tick`."""
+        return self.has_terms(adversarial) * self.g_steps * self.batches(vars(self), adversarial)
 
     def has_terms(self, adversarial: bool) -> bool:
         """Whether a round makes images."""
@@ -175,13 +185,13 @@ class Method:
     Args:
         family: who makes the images. fixed: settings of it that are no flags.
         recipe: the published settings, flag -> value: STUDENT's, GENERATOR's unless it has none, the family's.
-        adjust: what the published scripts choose by the teacher's name and --g_steps (None if left out).
+        adjust: what the published scripts choose by the data set, the teacher's name and --g_steps (None if left out).
     """
 
     family: type[Synthesizer]
     recipe: Mapping[str, object]
     fixed: Mapping[str, object] = field(default_factory=dict)
-    adjust: Callable[[str, int | None], dict] = lambda teacher, g_steps: {}
+    adjust: Callable[[str, str, int | None], dict] = lambda dataset, teacher, g_steps: {}
 
 
 METHODS: dict[str, Method] = {}

@@ -201,7 +201,7 @@ FLAGS = {
 }  # fmt: skip
 
 
-def adjust(teacher: str, g_steps: int | None) -> dict[str, str]:
+def adjust(dataset: str, teacher: str, g_steps: int | None) -> dict[str, str]:
     """The settings of CMI that differ from its recipe's."""
     return {"feature_layers": "blocks"} if teacher == "resnet34" else {}
 

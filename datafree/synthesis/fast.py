@@ -154,7 +154,7 @@ FAST_BY_TEACHER = {"resnet34": dict(adv=1.33, oh=0.5), "vgg11": dict(adv=1.0, oh
 FAST_BY_STEPS = {2: dict(lr_z=0.015, lr_g=5e-3), 5: dict(lr_z=0.01, lr_g=3e-3)}
 
 
-def adjust(teacher: str, g_steps: int | None) -> dict[str, float]:
+def adjust(dataset: str, teacher: str, g_steps: int | None) -> dict[str, float]:
     """The settings of Fast that differ from its recipe's."""
     return FAST_BY_TEACHER.get(teacher, {}) | FAST_BY_STEPS.get(g_steps, {})
 

@@ -117,7 +117,10 @@ class Way:
             self.folded_teacher = fold_batch_norm(self.teacher) if self.ours else self.teacher
             for network in {self.teacher, self.folded_teacher}:
                 distributed.join(network)
+            for network in {self.folded_teacher, self.generator} - {self.teacher}:
+                self.runtime.compile(network)
         distributed.join(self.student)
+        self.runtime.compile(self.student)
 
     def _place(self, name: str) -> nn.Module:
         network = self.get_model(name, self.classes, self.channels)
@@ -345,6 +348,7 @@ def memory_of(who: int) -> int:
 def finish(args: Namespace, runtime: Runtime, **figures: object) -> dict[str, object]:
     """The figures, with what they were measured on; they go to --json, too."""
     where = dict(device=device_name(runtime.device), torch=torch.__version__, precision=runtime.precision)
+    where |= dict(compiled=True) if runtime.compiles else {}
     if args.json:
         Path(args.json).write_text(json.dumps(where | figures, indent=1) + "\n")
     return where | figures

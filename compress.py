@@ -63,7 +63,7 @@ from models import MODELS, get_model
 CHECK_STEPS, CALIBRATION = 20, 512
 SHARED = (
     "dataset data_root img_size attribute channels mean std teacher teacher_ckpt teacher_recipe checkpoints seed "
-    "device gpu precision"
+    "device gpu precision compile"
 ).split()
 
 

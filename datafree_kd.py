@@ -84,7 +84,7 @@ SMALL = {
     # At the published weight of L_adv a student of 16,000 parameters falls behind its images.
     "digits": GREY | dict(n_epochs=120, ep_steps=40, batch_size=128, synthesis_batch_size=128, adv=0.3),
     "mnist": GREY,
-    "digits, nayer": dict(n_epochs=40, g_steps=5, g_loops=1, gwp_loops=2, nz=256),
+    "digits, nayer": dict(n_epochs=100, g_steps=5, g_loops=1, gwp_loops=2, nz=256, ngf=32),
     "mnist, nayer": dict(g_steps=10, g_loops=1, gwp_loops=4, nz=256),
     "imagenet": dict(batch_size=100, synthesis_batch_size=100),
     "folder": {},

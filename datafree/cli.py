@@ -100,6 +100,9 @@ DEVICE = (
     ("--gpu", "the same as --device cuda on GPU number N", dict(type=number(int, 0), metavar="N")),
     ("--precision", "auto takes bfloat16 autocast where the hardware has it; fp32 is float32 throughout, without TF32 "
      "(default: the preset's, else auto)", dict(choices=("auto", "fp32", "bf16"))),
+    ("--compile", "let torch.compile make one program of each network that is run as it is (on a GPU, CUDA graphs): a "
+     "minute of waiting; a teacher whose layers are watched stays as it was, and so does all that several processes do",
+     dict(action="store_true")),
 )  # fmt: skip
 FOLDER = dict(metavar="DIR")
 STATISTIC = dict(type=fraction, nargs="+", metavar="X")

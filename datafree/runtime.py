@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from datafree.distributed import LOCAL_RANK, add_up
+from datafree.distributed import LOCAL_RANK, SIZE, add_up
 from datafree.errors import UsageError
 
 
@@ -30,10 +30,11 @@ def has_bf16(device: torch.device) -> bool:
 
 @dataclass
 class Runtime:
-    """Where and how a run computes: `device`, and `precision` ("fp32" or "bf16")."""
+    """Where and how a run computes: `device`, `precision` ("fp32" or "bf16"), and whether networks are compiled."""
 
     device: torch.device
     precision: str
+    compiles: bool = False
 
     def autocast(self) -> AbstractContextManager:
         """The context of a network's forward pass; losses belong outside it."""
@@ -44,6 +45,19 @@ class Runtime:
     def place(self, module: nn.Module) -> nn.Module:
         """Move a module to the device, its convolutions' weights to channels_last; returns it."""
         return module.to(self.device, memory_format=torch.channels_last)
+
+    def compile(self, module: nn.Module) -> nn.Module:
+        """Let a module's calls be compiled, with --compile, in place: the same but for rounding; returns it.
+
+        Its copies are not, nor is a call whose kind of input is new for the ninth time.
+        """
+        if self.compiles:
+            module.compile(mode="reduce-overhead", dynamic=False)
+        return module
+
+    def eagerly(self) -> AbstractContextManager:
+        """A context in which nothing is compiled: for what is done once, or in batches of many sizes."""
+        return torch.compiler.set_stance("force_eager") if self.compiles else nullcontext()
 
 
 def keep_memory(keep: bool = True) -> None:
@@ -93,7 +107,19 @@ def setup(args: argparse.Namespace) -> Runtime:
     elif precision == "bf16" and not has_bf16(device):
         text = f"--precision bf16: {device_name(device)} has no bfloat16 arithmetic"
         raise UsageError(f"{text}: use --precision fp32 (auto chooses it here)")
-    return Runtime(device, precision)
+    return Runtime(device, precision, args.compile and can_compile(device))
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here; what speaks against it is printed."""
+    if SIZE > 1:
+        return False
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except Exception as error:  # whatever its back ends raise: no compiler, no Triton, a Python that is too new
+        print(f"--compile does not work here, networks run as they are: {' '.join(str(error).split())[:200]}")
+        return False
+    return True
 
 
 class Stopwatch:

@@ -81,6 +81,7 @@ class Session:
             percent, _ = self.evaluate(self.student)
             print(f"[Eval] {path} {self.score}={percent:.2f}{metrics.error_text(self.score, percent, self.data)}")
             self.result = {"weights": str(path), column_of(self.score): percent}
+        self.runtime.compile(self.student)
 
     def _build(self, name: str, num_classes: int, channels: int) -> nn.Module:
         return get_segmenter(name, num_classes) if self.segmentation else get_model(name, num_classes, channels)
@@ -91,7 +92,9 @@ class Session:
         # The registry's networks are known to fold.
         images = trial_images(self.data, self.runtime.device) if place_of(self.args.teacher) else None
         with distributed.apart():
-            return fold_batch_norm(self.teacher, images)
+            folded = fold_batch_norm(self.teacher, images)
+        # The teacher itself is watched: with other hooks each time it would be compiled each time.
+        return folded if folded is self.teacher else self.runtime.compile(folded)
 
     @cached_property
     def run(self) -> Run:
@@ -108,13 +111,14 @@ class Session:
         if not self.segmentation:
             check_gradient(self.teacher, f"--teacher {self.args.teacher}", self.data, self.runtime.device)
         distributed.synchronize(generator)
+        self.runtime.compile(generator)
         self.unseen = lambda: (self.sample(generator, generator.latents(250, self.runtime.device)) for _ in range(4))
         return generator
 
     @torch.no_grad()
     def sample(self, generator: nn.Module, z: Tensor) -> Tensor:
         """Images (N, C, H, W) of the latents z by the generator's running statistics, as it makes them."""
-        with self.runtime.autocast():
+        with self.runtime.autocast(), self.runtime.eagerly():
             x = generator.eval()(z)
         generator.train()
         return x.float()
@@ -165,6 +169,10 @@ class Session:
 
     def evaluate(self, network: nn.Module) -> tuple[float, dict]:
         """The test score in percent of a network, in eval mode, and further scores by name."""
+        with self.runtime.eagerly():
+            return self._evaluate(network)
+
+    def _evaluate(self, network: nn.Module) -> tuple[float, dict]:
         if self.score == "agreement":
             if self.unseen is None:  # --evaluate_only
                 raise UsageError("--evaluate_only needs test images: name a --dataset that has some")

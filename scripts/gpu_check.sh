@@ -3,7 +3,7 @@
 # rows of the tables, the most valuable first, with the teachers that ship. What comes out goes to --out (gpu_check/).
 # --rehearse: the same on the CPU, as small as it can be. Run it again to go on with the rows.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-minutes=9 out=gpu_check bench=() tests=(tests/test_data.py -k test_batches_on_a_gpu) rows=()
+minutes=9 out=gpu_check bench=() tests=(tests/test_data.py tests/test_compile.py -k "on_a_gpu or compiled") rows=()
 while [ $# -gt 0 ]; do
   case $1 in
     --minutes) minutes=$2 && shift ;;
@@ -23,6 +23,11 @@ left() { echo $((minutes - SECONDS / 60)); }
 for setting in mnist cifar10 dfad_mnist dfad_cifar camvid fast_wrn fast_wrn16 fast_resnet teacher; do
   [ "$(left)" -gt 1 ] || break
   timeout 90 "$PY" bench.py --setting $setting --json "$out/bench-$setting.json" "${bench[@]}" || echo "no $setting"
+done
+for setting in mnist fast_wrn; do
+  [ "$(left)" -gt 2 ] || break
+  json=$out/bench-$setting-compiled.json
+  timeout 120 "$PY" bench.py --setting $setting --compile --json "$json" "${bench[@]}" || echo "no compiled $setting"
 done
 # WRN-40-2 -> WRN-16-1 on CIFAR-10: Fast-10, -5, -2, DFQ, ZSKT; then ResNet-34 -> ResNet-18.
 cells=(fast-53 fast-48 fast-43 fast-38 fast-33 fast-51)

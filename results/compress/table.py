@@ -1,4 +1,4 @@
-"""Writes README.md beside it from the card.json files there:   python results/compress/table.py"""
+"""Writes README.md beside it from the card.json files there and in whole/:   python results/compress/table.py"""
 
 import json
 import statistics
@@ -9,6 +9,29 @@ IMAGES = ("noise", "synthetic images", "real images")
 WORDS = dict(zip(("noise", "synthetic"), IMAGES, strict=False))
 
 
+def grid(rows: list[list[str]]) -> str:
+    """Rows, the first of them titles, as a Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+
+
+def distilled(folder: Path = HERE) -> str:
+    """The commands from a teacher's file to a small network, and what came out."""
+    rows = [["teacher", "its file", "data", "teacher", "student", "in float32", "in int8", "agrees with the teacher",
+             "parameters", "bytes in int8", "epochs x steps", "of the recipe", "minutes"]]  # fmt: skip
+    for path in sorted((folder / "whole").glob("*.json")):
+        card = json.loads(path.read_text())
+        nets, made = card["networks"], card["made"]
+        score = {n: f"{nets[n]['accuracy']:.2f} ± {nets[n]['standard_error']:.2f}" for n in nets}
+        parts = (f"{nets[n]['parameters']:,}" for n in ("teacher", "student"))
+        rows.append([
+            card["teacher"], card["teacher_weights"]["file"], f"{card['dataset']}, {card['test_images']:,} test images",
+            score["teacher"], f"{card['student']}, by {made['method']}", score["student"], score["student.int8.onnx"],
+            f"{nets['student']['agreement']:.1f}", " to ".join(parts), f"{card['bytes']['student.int8.onnx']:,}",
+            f"{made['n_epochs']} x {made['steps']}", f"{made['share_of_recipe']:.1%}", f"{made['seconds'] / 60:.0f}",
+        ])  # fmt: skip
+    return grid(rows)
+
+
 def table(folder: Path = HERE) -> str:
     """The page: int8 accuracy of each network by what its ranges were measured on, and what that says of noise."""
     cards = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
@@ -17,8 +40,7 @@ def table(folder: Path = HERE) -> str:
         on = WORDS.get(card["calibrated_on"], "real images")
         groups.setdefault((card["teacher"], card["dataset"]), {}).setdefault(on, []).append(card)
     head = ["network", "data", "float32", *(f"int8, {on}" for on in IMAGES), "ms: PyTorch, ONNX, int8"]
-    rows = [head, ["---"] * len(head)]
-    remarks = []
+    rows, remarks = [head], []
     for (network, dataset), by in groups.items():
         means, cells, errors = {}, [], []
         for on in IMAGES:
@@ -53,11 +75,16 @@ def table(folder: Path = HERE) -> str:
         "# A network in int8, its ranges measured without its data",
         "`compress.py --student same --int8 --calibrate_on ...`, 512 images each; the cards beside this page have the "
         "commands, and `python results/compress/table.py` writes it from them.",
-        "\n".join(f"| {' | '.join(row)} |" for row in rows),
+        grid(rows),
         "Accuracy in percent: float32 ± its standard error by the number of test images; int8 as the mean over seeds "
         "(how many, from the lowest to the highest). Milliseconds of one image: medians, in turn in one process, "
         f"{hardware}, shared with other work: compare them within a row.",
         "\n".join(remarks),
+        "# Other people's classifiers, made small without their data",
+        "`compress.py --minutes 30 --int8 ...` from the teacher's file to ONNX and int8, the cards in `whole/` with the "
+        "commands. The recipe's length is measured and cut to half an hour of two quiet cores; the minutes are those "
+        "that went by while other work shared them, or stopped the run. One seed; the last epoch.",
+        distilled(folder),
     ]
     return "\n\n".join(text) + "\n"
 

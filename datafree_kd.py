@@ -33,10 +33,10 @@ each in its family's file in datafree/synthesis/. Published settings, the defaul
 {recipes}
 fast and fast_meta take adv and oh by the teacher (resnet34: 1.33, 0.5; vgg11: 1.0, 0.5; else 1.1,
 0.4) and lr_z, lr_g by g_steps (2: 0.015, 5e-3; 5: 0.01, 3e-3; 10: 0.01, 2e-3); cmi looks at the
-stages of a resnet34; nayer takes 30 steps on CIFAR-10. The tables' DeepInv-2k and CMI-500 are --g_steps 2000 and 500,
-NAYER-100 and -200 --n_epochs 120 and 220. On small grey
-images all methods are shortened, on ImageNet the batches are (datafree_kd_imagenet.py has the
-published way there); these settings are ours:
+stages of a resnet34; nayer makes g_loops batches a round, each of all classes in turn, and takes
+30 steps for one on CIFAR-10. The tables' DeepInv-2k and CMI-500 are --g_steps 2000 and 500,
+NAYER-100 and -200 --n_epochs 120 and 220. On small grey images all methods are shortened, on
+ImageNet the batches are (datafree_kd_imagenet.py has the published way there); these are ours:
 {small}
 
 Differences from the published code (--as_published brings 1 to 4 and 6 back):
@@ -48,9 +48,9 @@ Differences from the published code (--as_published brings 1 to 4 and 6 back):
  4. deepinv keeps the images of the lowest loss, not the last ones.
  5. The pool holds this run's images only, in memory, not whatever lies in a folder; a weight of 0
     leaves its term out, a round without any makes nothing; a full memory bank forgets its oldest rows.
- 6. nayer: the student stays in eval mode while images are made, not in a round's first batch alone; a generator begins
-    anew every --g_life epochs, not also at such a distance from the warm-up's end. Its paper's embeddings are text
-    features (--label_embedding FILE.npy), which nobody without that file has: the default is orthogonal rows.
+ 6. nayer: the student is in eval mode while all batches of a round are made, not the first alone; a
+    generator begins anew every --g_life epochs, not at such distances from the warm-up's end, too.
+    Text features, the paper's embeddings, are --label_embedding FILE.npy; orthogonal rows need no file.
 """
 
 import datafree.interrupt  # noqa: F401

@@ -5,6 +5,7 @@
     python compare.py --dataset MNIST --method DAFL         # a part of the full tables, on the screen
     python compare.py --format csv                          # or json
     python compare.py --curves runs/*/metrics.csv --out curves.png      # scores over epochs
+    python compare.py --benchmark                           # results/dfd10/README.md, see benchmarks/README.md
 
 Reads results/**/*.json, the result.json files of finished runs, and the cells of papers.py, which say what makes a run
 a run of a cell. Flags that differ otherwise, such as fewer epochs, stand beside the number. Runs that differ in their
@@ -15,6 +16,7 @@ report, last is what one gets; scores are in percent, mIoU too.
 import datafree.interrupt  # noqa: F401
 
 import ast
+import csv
 import json
 import re
 import statistics
@@ -92,6 +94,8 @@ def parse_args(argv: Sequence | None = None) -> Namespace:
         ("--out", "where it goes; what belongs to RESULTS.md goes to results/ beside it (default: RESULTS.md beside "
          "this script, or the screen for a part or another format)", dict(metavar="FILE")),
         ("--readme", f"write the verdicts between {' and '.join(MARKS)} of README.md", dict(action="store_true")),
+        ("--benchmark", "write the benchmark's page and pictures to dfd10/ below --results, from the records there and "
+         "the metrics.csv beside them", dict(action="store_true")),
         ("--curves", "draw the scores of these metrics.csv files over the epochs, and nothing else",
          dict(nargs="+", metavar="FILE")),
     )  # fmt: skip
@@ -142,7 +146,7 @@ def collect(records: Sequence[dict]) -> tuple[list[dict], list[list[dict]]]:
         rows += [] if found else [common]
     used, others = {r["file"] for row in rows for r in row["runs"]}, {}
     for record in records:
-        if record["file"] not in used:
+        if record["file"] not in used and not papers.of_benchmark(record):
             told = {k: v for k, v in papers.flags_of(record).items() if k == "script" or k not in FREE | {"seed"}}
             others.setdefault(json.dumps(told, sort_keys=True), []).append(record)
     return rows, list(others.values())
@@ -294,10 +298,67 @@ def curves(files: Sequence[Path], out: str) -> None:
     print(out)
 
 
+BENCHMARK_TOP = """# DFD-10: what each method reaches in the same few steps
+
+Written by `python compare.py --benchmark` from the records in this folder; [the protocol](../../benchmarks/README.md)
+says what is fixed. In percent of the test images, ± the standard deviation over n seeds; "last tenth" is the mean ± the
+standard deviation over the last tenth of the epochs, of all seeds. "Agrees" is how often the student says what the
+teacher says of test images. Seconds are those of synthesis, and of all the rest.
+"""
+BENCHMARK = {
+    "method": "method", "last": "last", "last tenth": "tenth", "best": "best", "s.e.": "standard_error", "n": "n",
+    "agrees": "agreement", "images made": lambda r: f"{r['images']:,.0f}" if r["images"] else "",
+    "seconds": lambda r: f"{r['synthesis'] or 0:.0f} + {r['seconds'] - (r['synthesis'] or 0):.0f}",
+    "GB": lambda r: figure_of(r["peak_memory"] and r["peak_memory"] / 1e9, digits=1), "hardware": "hardware",
+}  # fmt: skip
+
+
+def benchmark_row(cell: papers.Cell, runs: Sequence[dict], metrics: Sequence[Path]) -> dict:
+    """What the table says of a method: of its runs, and of their metrics.csv."""
+    row, tenth = dict(method=cell.row["method"], n=len(runs), hardware=runs[0]["hardware"]), []
+    same = dict.fromkeys(("last", "best", "standard_error", "agreement", "seconds", "peak_memory"))
+    for name, key in (same | dict(synthesis="synthesis_seconds", images="generated_images")).items():
+        row[name], row[f"{name}_std"] = mean_std(r[key or name] for r in runs if r.get(key or name) is not None)
+    for path in metrics:
+        with path.open(newline="") as file:
+            scores = [float(line["accuracy"]) for line in csv.DictReader(file)]
+        tenth += scores[-max(1, len(scores) // 10) :]
+    row["tenth"], row["tenth_std"] = mean_std(tenth)
+    return row
+
+
+def benchmark(folder: Path) -> list[dict]:
+    """Write the benchmark's README.md, and a picture of each track, to the folder of its records; returns the rows."""
+    records, text, rows = read_records(folder), [BENCHMARK_TOP], []
+    for track, (teacher, student, _) in papers.TRACKS.items():
+        found, files, missing = [], {}, []
+        for cell in (c for c in papers.benchmark() if c.dataset == track):
+            runs = papers.runs_of(cell, records).get("", ())
+            paths = [(folder / r["file"]).with_suffix(".metrics.csv") for r in runs]
+            if lost := [path for path in paths if not path.is_file()]:
+                raise UsageError(f"{lost[0]} is missing: copy the run's metrics.csv there")
+            if runs:
+                found.append(benchmark_row(cell, runs, paths))
+                files[cell.row["method"]] = paths[0]
+            else:
+                missing.append(cell.row["method"])
+        found.sort(key=itemgetter("last"), reverse=True)
+        text.append(f"## {track}: {teacher} to {student}\n")
+        if found:
+            plot_accuracy(folder / f"{track}.png", files)
+            text.append(f"{as_markdown(BENCHMARK, found)}\n![Accuracy over seconds]({track}.png)\n")
+        text += [f"Not run yet: {', '.join(missing)}.\n"] if missing else []
+        rows += found
+    (folder / "README.md").write_text("\n".join(text))
+    return rows
+
+
 def main(args: Namespace) -> list[dict] | None:
     """Write or print the comparison; returns its rows."""
     if args.curves:
         return curves([Path(path) for path in args.curves], args.out)
+    if args.benchmark:
+        return benchmark(Path(args.results) / "dfd10")
     records = read_records(args.results)
     if not records:
         raise UsageError(f"{args.results} has no records: copy result.json files of runs there")

@@ -2,7 +2,8 @@
 
 A cell is a row of results/paper_tables.csv, named after its paper and counted in the table's order ("fast-53"). Its
 command is a script and flags; the script's parser turns them into the run's name and settings. `reproduce.py` runs
-cells, `compare.py` puts the records of runs beside them, and the scripts print what is published for a run.
+cells, `compare.py` puts the records of runs beside them, and the scripts print what is published for a run. The rows of
+the benchmark benchmarks/dfd10.csv are cells, too, of which nothing is published.
 """
 
 import csv
@@ -22,7 +23,10 @@ from datafree.cli import FREE
 from datafree.errors import UsageError
 from datafree.teachers import recipe_for
 
-TABLES = Path(__file__).resolve().parent / "results" / "paper_tables.csv"
+ROOT = Path(__file__).resolve().parent
+TABLES, BENCHMARK = ROOT / "results" / "paper_tables.csv", ROOT / "benchmarks" / "dfd10.csv"
+# The benchmark's teachers, which ship, and students, in the tables' names.
+TRACKS = {"mnist": ("LeNet-5", "LeNet-5-HALF", "dafl-mnist"), "cifar10": ("WRN40-2", "WRN16-1", "fast")}
 PAPERS = {"DAFL": "dafl", "DFND": "dfnd", "DFAD": "dfad", "MMRazor DFAD": "mmrazor", "MMRazor DAFL": "mmrazor",
           "MMRazor ZSKT": "mmrazor", "Fast-Datafree": "fast", "NAYER": "nayer"}  # fmt: skip
 # By how many points a run with a cell's own flags may fall short of its value and still count as reproduced.
@@ -78,6 +82,7 @@ class Cell:
     name: paper and number. row: the table's columns. dataset, teacher, student: registry names.
     script, flags: its command; script is None where there is none, and `reason` says why.
     training: script and flags of the run that makes its teacher; empty where it has none.
+    exact: whether only runs with all its flags are of it.
     """
 
     name: str
@@ -89,6 +94,7 @@ class Cell:
     flags: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
     reason: str = ""
+    exact: bool = False
 
     @property
     def paper(self) -> str:
@@ -118,7 +124,8 @@ class Cell:
 
     def made(self, flags: Mapping) -> bool:
         """Whether a run with these flags is one of this cell: of its script, networks and method, of any length."""
-        return bool(self.script) and all(flags.get(k, v) == v for k, v in self.args.items() if k in self._identity)
+        same = bool(self.script) and all(flags.get(k, v) == v for k, v in self.args.items() if k in self._identity)
+        return same and not (self.exact and self.differences(flags))
 
     def differences(self, flags: Mapping) -> str:
         """The flags in which a run of this cell is not the published one, with the published value in brackets."""
@@ -157,6 +164,23 @@ def cells() -> tuple[Cell, ...]:
         for row in csv.DictReader(file):
             count[paper := PAPERS[row["source"]]] += 1
             found.append(_cell(f"{paper}-{count[paper]:02}", row, paper))
+    return tuple(found)
+
+
+@functools.cache
+def benchmark() -> tuple[Cell, ...]:
+    """The cells of the benchmark DFD-10, in the order of its file: dfd10-<track>-<method>."""
+    found = []
+    with BENCHMARK.open(newline="") as file:
+        for line in csv.DictReader(file):
+            track, (teacher, student, recipe) = line["track"], TRACKS[line["track"]]
+            row = dict(source="DFD-10", table=track, dataset=SOURCES[track].paper, method=line["method"], value="",
+                       teacher=teacher, student=student)  # fmt: skip
+            names = NETWORKS[teacher], NETWORKS[student]
+            flags = "--dataset", track, "--teacher", names[0], "--student", names[1], "--teacher_recipe", recipe
+            flags += tuple(shlex.split(line["flags"]))
+            name = f"dfd10-{track}-{line['method']}"
+            found.append(Cell(name, row, track, *names, line["script"], flags, exact=True))
     return tuple(found)
 
 
@@ -213,7 +237,7 @@ def _command(paper: str, dataset: str, method: str) -> str:
 
 def find(name: str) -> Cell:
     """The cell of this name. Raises UsageError if there is none, or it has no command."""
-    known = {cell.name: cell for cell in cells()}
+    known = {cell.name: cell for cell in (*cells(), *benchmark())}
     if name not in known:
         close = difflib.get_close_matches(name, known, 3)
         hint = f", did you mean {' or '.join(close)}?" if close else ":"
@@ -251,10 +275,15 @@ def flags_of(record: Mapping) -> dict:
     return flags
 
 
+def of_benchmark(record: Mapping) -> bool:
+    """Whether a record lies among the benchmark's, whose lengths are not those of any table."""
+    return record.get("file", "").startswith("dfd10/")
+
+
 def runs_of(cell: Cell, records: Iterable[Mapping]) -> dict[str, list[Mapping]]:
     """The records of a cell's runs by how they differ from the published one; the fewest differences first."""
     found = {}
-    for record in records:
+    for record in records if cell.exact else (r for r in records if not of_benchmark(r)):
         if record["dataset"] == cell.dataset and cell.made(flags := flags_of(record)):
             found.setdefault(cell.differences(flags), []).append(record)
     return dict(sorted(found.items(), key=lambda item: (item[0].count("("), item[0])))
@@ -264,10 +293,13 @@ def verdict(cell: Cell, records: Iterable[Mapping], margin: float = MARGIN) -> s
     """'reproduced': the mean best score of runs as published is at least the value less the margin.
 
     'partly': there are runs, but shorter or otherwise different ones, or they fall short. 'not yet': there are none.
+    Of the benchmark's cells runs are 'measured'.
     """
     runs = runs_of(cell, records)
     if not runs:
         return "not yet"
+    if cell.exact:
+        return "measured"
     best = [r["best"] for r in runs.get("", ())]
     return "reproduced" if best and cell.value and sum(best) / len(best) >= cell.value - margin else "partly"
 

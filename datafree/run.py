@@ -32,7 +32,7 @@ from datafree.distributed import fetch, from_first, speaks
 from datafree.errors import TimeLimit, UsageError
 from datafree.plots import plot_accuracy
 from datafree.resume import ABOUT, damage
-from datafree.runtime import Runtime, commit, device_name
+from datafree.runtime import Runtime, commit, device_name, peak_memory
 from datafree.visdom import Visdom
 
 SAY_EVERY = 60  # seconds between the lines of a log that is no terminal
@@ -358,7 +358,8 @@ class Run:
             "name": self.name, "script": self.args.script, "score": self.score, "last": self.percent,
             "best": self.best_score, "best_epoch": self.best_epoch, "epochs": self.next_epoch,
             "mean": statistics.fmean(scores), "variance": statistics.pvariance(scores), **facts,
-            "seconds": round(self.seconds(), 1), "seed": self.args.seed, **together, "command": self.args.command,
+            "seconds": round(self.seconds(), 1), "peak_memory": peak_memory(self.runtime.device),
+            "seed": self.args.seed, **together, "command": self.args.command,
             "versions": pieces[-1]["versions"], "pieces": pieces, "args": self.flags,
         }  # fmt: skip
         checkpoint.write_json(self.folder / "result.json", result)

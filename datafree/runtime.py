@@ -16,6 +16,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 from datafree.distributed import LOCAL_RANK, SIZE, add_up
 from datafree.errors import UsageError
 
@@ -208,6 +213,15 @@ def device_name(device: torch.device) -> str:
         models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = models[0].split(":", 1)[1].strip() if models else name
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that this process has had so far: of a GPU's memory PyTorch's, else of the host's, if known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def commit() -> str | None:

@@ -4,12 +4,15 @@ import csv
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from test_papers import CELLS, record
 
 import compare
+import papers
+from datafree.errors import UsageError
 from datafree.records import read_records
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +71,38 @@ def test_verdicts(folder):
     assert ("NAYER", "NAYER-100", "CIFAR-100", "not yet", "") in lines
     kinds = {(source, method, data) for source, method, datas, *_ in lines for data in datas.split(", ")}
     assert kinds == {tuple(c.row[k] for k in ("source", "method", "dataset")) for c in CELLS.values()}
+
+
+def test_benchmark(tmp_path, capsys):
+    """Its rows stand in the order of their last scores; the last tenth is of all seeds' metrics.csv."""
+    folder = tmp_path / "dfd10"
+    folder.mkdir()
+    for name, seed, last in (("mnist-fast", 0, 90.0), ("mnist-fast", 1, 92.0), ("mnist-dafl", 0, 95.0)):
+        cell = papers.find(f"dfd10-{name}")
+        run = record("dafl-13", seed=seed, best=96.0) | dict(script=cell.script, args=cell.args | dict(seed=seed))
+        run |= dict(last=last, agreement=last + 1, synthesis_seconds=60.0, generated_images=1000, peak_memory=2e9)
+        run |= dict(precision="fp32", name=f"{name}-{seed}", teacher_weights=None)
+        (folder / f"{name}-{seed}.json").write_text(json.dumps(run))
+        scores = "".join(f"{i},{last + i % 2}\n" for i in range(20))
+        (folder / f"{name}-{seed}.metrics.csv").write_text("seconds,accuracy\n" + scores)
+    rows = compare.main(compare.parse_args(["--benchmark", "--results", str(tmp_path)]))
+    assert [(r["method"], r["n"], r["last"], r["agreement"]) for r in rows] == [
+        ("dafl", 1, 95, 96),
+        ("fast", 2, 91, 92),
+    ]
+    assert (rows[1]["tenth"], rows[1]["last_std"]) == (91.5, pytest.approx(2**0.5)) and rows[0]["tenth_std"] > 0
+    text = (folder / "README.md").read_text()
+    assert "| fast | 91.00 ± 1.41 |" in text and "| 60 + 60 | 2.0 |" in text and "Not run yet: zskt" in text
+    assert (folder / "mnist.png").stat().st_size > 10_000 and not (folder / "cifar10.png").exists()
+    (folder / "mnist-dafl-0.metrics.csv").unlink()
+    with pytest.raises(UsageError, match="copy the run's metrics.csv there"):
+        compare.benchmark(folder)
+
+
+def test_the_committed_page_of_the_benchmark_is_up_to_date(tmp_path):
+    shutil.copytree(ROOT / "results" / "dfd10", tmp_path / "dfd10")
+    compare.benchmark(tmp_path / "dfd10")
+    assert (tmp_path / "dfd10" / "README.md").read_text() == (ROOT / "results" / "dfd10" / "README.md").read_text()
 
 
 def test_pages(folder):

@@ -1,6 +1,8 @@
 """Each published cell has a command that says what its row says, and reproduce.py runs, lists and checks it."""
 
+import argparse
 import csv
+import hashlib
 import json
 import re
 import shlex
@@ -10,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+import datafree_kd
 import papers
 import reproduce
 from datafree.cli import cli
+from datafree.synthesis import METHODS as METHODS_OF_KD
 from datafree.teachers import teacher_file
 
 ROOT = Path(__file__).parent.parent
@@ -327,6 +331,43 @@ def test_each_command_of_the_readme_is_known_to_its_parser(tmp_path):
             papers.parse(script, argv)
 
 
+def steps_of(args):
+    """A run's student steps and updates of synthesis."""
+    if args["script"] == "datafree_kd.py":
+        settings, rounds = argparse.Namespace(**args), datafree_kd.counts
+        family = METHODS_OF_KD[args["method"]].family
+        made = sum(rounds(settings, lambda adversarial: family.batches(args, adversarial))) * args["g_steps"]
+        return (args["n_epochs"] - args["warmup"]) * args["ep_steps"] // args["kd_steps"] * args["kd_steps"], made
+    if args["script"] == "DAFL_train.py":
+        return (args["n_epochs"] * args["iterations"],) * 2
+    if args["script"] == "vanilla_kd.py":
+        return args["n_epochs"] * -(-{"mnist": 60_000, "cifar10": 50_000}[args["dataset"]] // args["batch_size"]), 0
+    if args["script"] == "DFND_train.py":
+        return args["n_epochs"] * -(-args["num_select"] // args["batch_size"]), 0
+    return args["n_epochs"] * args["epoch_itrs"] * args["k"], args["n_epochs"] * args["epoch_itrs"]
+
+
+@pytest.mark.parametrize("cell", papers.benchmark(), ids=lambda cell: cell.name)
+def test_rows_of_the_benchmark_keep_to_its_steps(cell):
+    students, updates = {"mnist": (2400, 600), "cifar10": (800, 200)}[cell.dataset]
+    student_steps, made = steps_of(cell.args)
+    assert 0.2 * students < student_steps <= students and made <= updates and cell.args["batch_size"] == 256
+    assert cell.args.get("synthesis_batch_size", 256) == 256
+    file = teacher_file(ROOT / "pretrained", cell.dataset, cell.teacher, cell.args["teacher_recipe"])
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    assert file.name in text and hashlib.sha256(file.read_bytes()).hexdigest() in text
+    assert papers.find(cell.name) is cell and not cell.training
+
+
+def test_runs_of_the_benchmark_have_all_its_flags():
+    cell, other = papers.find("dfd10-mnist-fast_meta"), papers.find("dfd10-mnist-fast_meta-reptile")
+    run = dict(script=cell.script, dataset="mnist", args=cell.args, precision="fp32", file="dfd10/a.json")
+    assert papers.verdict(cell, [run]) == "measured" and papers.verdict(other, [run]) == "not yet"
+    longer = run | dict(args=cell.args | dict(n_epochs=41))
+    assert papers.verdict(cell, [longer]) == "not yet"
+    assert not any(papers.runs_of(c, [run]) for c in papers.cells() if c.script)
+
+
 def test_check(tmp_path, capsys):
     def checked(*argv):
         return code(*argv, "--check", "--results", tmp_path, "--out", tmp_path / "none")
@@ -359,7 +400,7 @@ def test_exit_codes_of_runs(monkeypatch, tmp_path):
 def test_mistakes(refused):
     assert "did you mean dafl-1" in refused(reproduce, "dafl-133")
     assert "has no command: another paper's method" in refused(reproduce, "dafl-11")
-    assert "no command for nayer-04" in refused(reproduce, "--select", "paper=nayer")
+    assert "no command for nayer-08" in refused(reproduce, "--select", "method=MAD")
     assert "name a cell" in refused(reproduce)
     assert "for running a cell: --n_epochs 3" in refused(reproduce, "--list", "--n_epochs", "3")
     assert "no cell has method=none" in refused(reproduce, "--select", "method=none")

@@ -81,9 +81,9 @@ def table(folder: Path = HERE) -> str:
         f"{hardware}, shared with other work: compare them within a row.",
         "\n".join(remarks),
         "# Other people's classifiers, made small without their data",
-        "`compress.py --minutes 30 --int8 ...` from the teacher's file to ONNX and int8, the cards in `whole/` with the "
-        "commands. The recipe's length is measured and cut to half an hour of two quiet cores; the minutes are those "
-        "that went by while other work shared them, or stopped the run. One seed; the last epoch.",
+        "`compress.py --minutes 30 --int8 ...` from the teacher's file to ONNX and int8; the cards in `whole/` have "
+        "the commands. The recipe's length is measured and cut to half an hour of two quiet cores; the minutes "
+        "are those that went by while other work shared them, or stopped the run. One seed; the last epoch.",
         distilled(folder),
     ]
     return "\n\n".join(text) + "\n"

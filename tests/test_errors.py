@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bench
+import bench_rates
 import bench_scan
 import compare
 import compress
@@ -52,6 +53,7 @@ PARSERS = [
     ZSKT_train,
     quickstart,
     bench,
+    bench_rates,
     bench_scan,
     compare,
     compress,

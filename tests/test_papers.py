@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import bench_rates
 import datafree_kd
 import papers
 import reproduce
 from datafree.cli import cli
+from datafree.errors import UsageError
 from datafree.synthesis import METHODS as METHODS_OF_KD
 from datafree.teachers import teacher_file
 
@@ -366,6 +368,46 @@ def test_runs_of_the_benchmark_have_all_its_flags():
     longer = run | dict(args=cell.args | dict(n_epochs=41))
     assert papers.verdict(cell, [longer]) == "not yet"
     assert not any(papers.runs_of(c, [run]) for c in papers.cells() if c.script)
+
+
+RATED = [cell for cell in papers.benchmark() if cell.row["method"] not in ("noise", "real", "wild")]
+
+
+@pytest.mark.parametrize("cell", RATED, ids=lambda cell: cell.name)
+def test_a_search_changes_nothing_but_rate_and_length(cell):
+    found = vars(papers.parse(cell.script, bench_rates.without_data(cell, 0.1)))
+    rate, other = ("lr" if "lr" in found else "lr_S"), {"dataset", "num_classes", "command", "run_name", "teacher_ckpt"}
+    changed = {k for k, v in found.items() if vars(papers.parse(cell.script, cell.flags)).get(k) != v} - other
+    assert changed - {"warmup"} == {rate, "n_epochs", "seed", "teacher_recipe", "any_teacher"}
+    assert found["n_epochs"] == cell.args["n_epochs"] // 4 and found["seed"] == 100 and found["dataset"] == "none"
+    assert found[rate] == pytest.approx(cell.args[rate] / 10) and Path(found["teacher_ckpt"]).is_file()
+
+
+def test_a_search_goes_on(monkeypatch, tmp_path, capsys):
+    """Each rate is tried once; a run that becomes infinite agrees never."""
+    monkeypatch.setattr(bench_rates, "LOG", tmp_path / "rates.csv")
+    rates = []
+
+    def main(args):
+        rates.append(args.lr)
+        if args.lr > 0.005:
+            raise UsageError("student became NaN or infinite in epoch 1")
+        if len(rates) == 3:
+            raise KeyboardInterrupt
+        return {"last": 50.0}
+
+    monkeypatch.setattr(datafree_kd, "main", main)
+    args = bench_rates.parse_args(["mnist", "fast"])
+    with pytest.raises(KeyboardInterrupt):
+        bench_rates.main(args)
+    bench_rates.main(args)
+    assert [round(rate, 6) for rate in rates] == [0.01, 0.003, 0.001, 0.001, 0.0003]
+    text = (tmp_path / "rates.csv").read_text().splitlines()
+    assert (
+        text[:3] == ["track,method,rate,agreement", "mnist,fast,0.01,0.00", "mnist,fast,0.003,50.00"] and len(text) == 5
+    )
+    with pytest.raises(UsageError, match="no real to search for"):
+        bench_rates.main(bench_rates.parse_args(["mnist", "real"]))
 
 
 def test_check(tmp_path, capsys):

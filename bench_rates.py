@@ -1,0 +1,103 @@
+"""Chooses the student's learning rate of each row of benchmarks/dfd10.csv, without any image of the data.
+
+    python bench_rates.py mnist                     # all its rows, one after the other; again to go on
+    python bench_rates.py mnist fast nayer
+
+A quarter of a row's run, with seed 100, is made with {factors} times the row's own rate and --dataset none. The rate
+whose student agrees most often with the teacher on images of the generator that it has not seen is the best; a run
+that becomes infinite agrees never. What came out goes to benchmarks/rates.csv; the best rates are entered into
+dfd10.csv by hand. Rows that learn from images (noise, real, wild) keep theirs: they have none to try it on.
+"""
+
+import datafree.interrupt  # noqa: F401
+
+import csv
+import importlib
+import io
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+
+import papers
+from compress import words
+from datafree.cli import DEVICE, FOLDER, FREE, Parser, cli
+from datafree.errors import UsageError
+from datafree.teachers import SHIPPED, teacher_file
+
+FACTORS = (1.0, 0.3, 0.1, 0.03)
+SEED, SHARE = 100, 4  # of the run's epochs a quarter
+LOG = papers.BENCHMARK.with_name("rates.csv")
+COLUMNS = ("track", "method", "rate", "agreement")
+
+
+def parse_args(argv: Sequence | None = None) -> Namespace:
+    p = Parser(__file__, __doc__.format(factors=", ".join(f"{f:g}" for f in FACTORS)))
+    p.add_argument("track", choices=papers.TRACKS)
+    p.add_argument("method", nargs="*", help="of dfd10.csv (default: all of the track)")
+    p.add(("--out", "where the runs go (default: %(default)s)", FOLDER | dict(default="./runs/rates")), *DEVICE[1:3])
+    return p.parse_args(argv)
+
+
+def rate_flag(args: Namespace) -> str:
+    """The name of the student's learning rate."""
+    return "lr" if "lr" in args else "lr_S"
+
+
+def without_data(cell: papers.Cell, factor: float) -> list[str]:
+    """The flags of a short run of a cell without images, with so many times its learning rate."""
+    module = importlib.import_module(cell.script.removesuffix(".py"))
+    own = papers.parse(cell.script, cell.flags)
+    file = teacher_file(SHIPPED, cell.dataset, cell.teacher, own.teacher_recipe)
+    flags = ["--dataset", "none", "--teacher", cell.teacher, "--student", cell.student, "--teacher_ckpt", str(file)]
+    flags += ["--method", own.method] if "method" in own else []
+    settings = vars(own) | {rate_flag(own): factor * getattr(own, rate_flag(own)), "n_epochs": own.n_epochs // SHARE}
+    settings |= {"warmup": own.warmup // SHARE} if cell.script == "datafree_kd.py" else {}
+    plain = vars(module.parse_args(flags))
+    left = {*FREE, "dataset", "teacher", "student", "teacher_ckpt", "teacher_recipe", "method", "seed"}
+    changed = {k: v for k, v in settings.items() if k in plain and k not in left and plain[k] != v}
+    none = [f"--{k}" for k, v in changed.items() if v == []]  # which words leaves out
+    return [*flags, *words(changed), *none, "--seed", str(SEED)]
+
+
+def tries(cells: Sequence[papers.Cell], done: set[tuple[str, str]], out: str, more: Sequence[str]) -> Iterator[dict]:
+    """Run what is not done; yields a line of rates.csv for each rate."""
+    for cell in cells:
+        method = cell.row["method"]
+        for factor in FACTORS:
+            flags = [*without_data(cell, factor), "--out", out, "--resume", *more]
+            args = papers.parse(cell.script, flags)
+            rate = f"{getattr(args, rate_flag(args)):g}"
+            if (method, rate) in done:
+                continue
+            try:
+                with redirect_stdout(io.StringIO()):
+                    agreement = importlib.import_module(cell.script.removesuffix(".py")).main(args)["last"]
+            except UsageError as error:
+                if "NaN or infinite" not in str(error):
+                    raise
+                agreement = 0.0
+            yield dict(zip(COLUMNS, (cell.dataset, method, rate, f"{agreement:.2f}"), strict=True))
+
+
+def main(args: Namespace) -> None:
+    """Search, and write each try as soon as it is known."""
+    cells = [
+        c for c in papers.benchmark() if c.dataset == args.track and c.row["method"] not in ("noise", "real", "wild")
+    ]
+    known = {c.row["method"]: c for c in cells}
+    if wrong := [m for m in args.method if m not in known]:
+        raise UsageError(f"no {wrong[0]} to search for in {args.track}: choose from {', '.join(known)}")
+    lines = list(csv.DictReader(LOG.open(newline=""))) if LOG.exists() else []
+    done = {(line["method"], line["rate"]) for line in lines if line["track"] == args.track}
+    where = ["--device", args.device, *(["--gpu", str(args.gpu)] if args.gpu is not None else [])]
+    for line in tries([known[m] for m in args.method or known], done, args.out, where):
+        lines.append(line)
+        with LOG.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+        print("{track} {method}: rate {rate}, agreement {agreement}".format(**line), flush=True)
+
+
+if __name__ == "__main__":
+    cli(main, parse_args)

@@ -1,7 +1,7 @@
 """Chooses the student's learning rate of each row of benchmarks/dfd10.csv, without any image of the data.
 
-    python bench_rates.py mnist                     # all its rows, one after the other; again to go on
-    python bench_rates.py mnist fast nayer
+    python bench_rates.py --track mnist             # all its rows, one after the other; again to go on
+    python bench_rates.py --track mnist --method fast nayer
 
 A quarter of a row's run, with seed 100, is made with {factors} times the row's own rate and --dataset none. The rate
 whose student agrees most often with the teacher on images of the generator that it has not seen is the best; a run
@@ -32,9 +32,12 @@ COLUMNS = ("track", "method", "rate", "agreement")
 
 def parse_args(argv: Sequence | None = None) -> Namespace:
     p = Parser(__file__, __doc__.format(factors=", ".join(f"{f:g}" for f in FACTORS)))
-    p.add_argument("track", choices=papers.TRACKS)
-    p.add_argument("method", nargs="*", help="of dfd10.csv (default: all of the track)")
-    p.add(("--out", "where the runs go (default: %(default)s)", FOLDER | dict(default="./runs/rates")), *DEVICE[1:3])
+    p.add(
+        ("--track", "(default: %(default)s)", dict(choices=papers.TRACKS, default="mnist")),
+        ("--method", "of dfd10.csv (default: all of the track)", dict(nargs="*", metavar="NAME")),
+        ("--out", "where the runs go (default: %(default)s)", FOLDER | dict(default="./runs/rates")),
+        *DEVICE[1:3],
+    )
     return p.parse_args(argv)
 
 
@@ -85,7 +88,7 @@ def main(args: Namespace) -> None:
         c for c in papers.benchmark() if c.dataset == args.track and c.row["method"] not in ("noise", "real", "wild")
     ]
     known = {c.row["method"]: c for c in cells}
-    if wrong := [m for m in args.method if m not in known]:
+    if wrong := [m for m in args.method or () if m not in known]:
         raise UsageError(f"no {wrong[0]} to search for in {args.track}: choose from {', '.join(known)}")
     lines = list(csv.DictReader(LOG.open(newline=""))) if LOG.exists() else []
     done = {(line["method"], line["rate"]) for line in lines if line["track"] == args.track}

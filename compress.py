@@ -11,8 +11,8 @@
  2. The student learns from images that a generator makes: by fast_meta (datafree_kd.py, Fast-5) where the teacher has
     BatchNorm, whose statistics it reads, else by dafl (DAFL_train.py, without L_a), or by --method. The recipe is
     the published one; for grey images, or a student without BatchNorm, which diverges at its learning rates, that
-    of the digits. A few steps are measured, and the recipe is shortened to --minutes; the card says how far.
-    --n_epochs sets the length instead.
+    of the digits, dafl's in MNIST's length. A few steps are measured, and the recipe is shortened to --minutes; the
+    card says how far. --n_epochs sets the length instead.
  3. student.pt is for the other scripts (--teacher_ckpt, --ckpt), student.safetensors the same without pickle.
     student.onnx takes pixels, its normalisation is inside, in batches of any size; its logits are compared with
     PyTorch's. --int8 adds student.int8.onnx, for which the ranges of activations are measured on {calibration}
@@ -192,7 +192,8 @@ def choose_student(args: Namespace, data) -> str:
 def recipe_of(method: str, teacher: str, small: bool) -> tuple[ModuleType, str, dict]:
     """A method's script, the name of its steps of an epoch, and its recipe; `small`: that of the small grey sets."""
     if method == "dafl":
-        return DAFL_train, "iterations", DAFL_train.PRESETS["digits" if small else "cifar10"] | dict(a=0.0)
+        length = dict(n_epochs=DAFL_train.PRESETS["mnist" if small else "cifar10"]["n_epochs"])
+        return DAFL_train, "iterations", DAFL_train.PRESETS["digits" if small else "cifar10"] | length | dict(a=0.0)
     if method == "dfad":
         presets = DFAD_mnist.PRESETS["mnist"] | dict(batch_size=128), DFAD_cifar.PRESETS["cifar10"]
         return DFAD_cifar, "epoch_itrs", presets[not small] | dict(scheduler=True)

@@ -59,7 +59,7 @@ def agreement(student: nn.Module, teacher: nn.Module, batches: Iterable[Tensor],
             same = student(x).argmax(1) == teacher(x).argmax(1)
         counts += torch.stack([same.sum(), torch.ones_like(same).sum()])
     student.train(training)
-    same, seen = total(counts).tolist()
+    same, seen = total(counts).cpu().tolist()
     return 100 * same / seen
 
 

@@ -82,7 +82,10 @@ NEEDS = {
     "compress": ["--teacher", "lenet5", "--img_size", "32"],  # which is shipped: one that has learnt nothing is refused
 }
 NOT_RUN = {"readme", "benchmark", "compile"}  # write into this repository; take half a minute
-LONG = {"quickstart": 3}  # what has no short run, and the seconds after which it is taken to be at work
+LONG = {
+    "quickstart": 3,
+    "bench_rates": 3,
+}  # what has no short run, and the seconds after which it is taken to be at work
 WITH = {
     "ckpt": ["--evaluate_only"],
     "cmi_init": ["--method", "cmi", "--teacher", "resnet8", "--student", "resnet8"],

@@ -35,6 +35,7 @@ SETTINGS = {
     "cmi": ("--n_epochs", "6", "--ep_steps", "10", "--g_steps", "4", "--bank_size", "100"),
     "fast": ("--n_epochs", "8", "--ep_steps", "10", "--g_steps", "3"),
     "fast_meta": ("--n_epochs", "8", "--ep_steps", "10", "--g_steps", "3"),
+    "nayer": ("--n_epochs", "8", "--ep_steps", "10", "--g_steps", "3"),
 }
 
 

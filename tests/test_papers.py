@@ -397,7 +397,7 @@ def test_a_search_goes_on(monkeypatch, tmp_path, capsys):
         return {"last": 50.0}
 
     monkeypatch.setattr(datafree_kd, "main", main)
-    args = bench_rates.parse_args(["mnist", "fast"])
+    args = bench_rates.parse_args(["--method", "fast"])
     with pytest.raises(KeyboardInterrupt):
         bench_rates.main(args)
     bench_rates.main(args)
@@ -407,7 +407,7 @@ def test_a_search_goes_on(monkeypatch, tmp_path, capsys):
         text[:3] == ["track,method,rate,agreement", "mnist,fast,0.01,0.00", "mnist,fast,0.003,50.00"] and len(text) == 5
     )
     with pytest.raises(UsageError, match="no real to search for"):
-        bench_rates.main(bench_rates.parse_args(["mnist", "real"]))
+        bench_rates.main(bench_rates.parse_args(["--method", "real"]))
 
 
 def test_check(tmp_path, capsys):

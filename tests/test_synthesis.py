@@ -429,7 +429,7 @@ def test_best_is_a_copy():
     assert best.tensors[0].tolist() == [1, 1] and best.loss == 1
 
 
-FAMILIES = ("zskt", "dafl", "deepinv", "cmi", "fast", "fast_meta", "imagenet")
+FAMILIES = ("zskt", "dafl", "deepinv", "cmi", "fast", "fast_meta", "imagenet", "nayer")
 
 
 def tiny(method, tmp_path, teacher="resnet8", **changes):

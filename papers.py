@@ -59,7 +59,7 @@ FAST = {
     **{f"Fast-{n}": f"--method fast_meta --g_steps {n}" for n in (2, 5, 10)},
 }  # fmt: skip
 # NAYER-n: n epochs behind 20 of warm-up.
-NAYER = {f"NAYER-{n}": f"--method nayer --n_epochs {n + 20}" for n in (100, 200, 300)}
+NAYER = {f"NAYER-{n}": f"--method nayer --n_epochs {n + 20} --warmup 20" for n in (100, 200, 300)}
 UNKNOWN = "the figure does not say with which settings NAYER's authors ran Fast-Datafree"
 WITHOUT = {
     "Meta data": "another paper's method (Lopes et al. 2017), which needs the teacher's activation statistics",

@@ -31,7 +31,7 @@ class Source:
 
     load: (root, splits, download, attribute) -> ``Raw`` with the splits asked for, ("train", "test") or ("test",).
     img_size: None for that of the images. mean, std: None to compute them from the train split.
-    crop: training pads by an eighth of the size and crops at random (32 pixels: by 4).
+    crop: training pads by the size over `pad`, an eighth if not said otherwise, and crops at random.
     pair: names of the default teacher and student. like: the data set whose presets it takes where it has none of its
     own. paper: what the papers call it.
     """
@@ -46,6 +46,11 @@ class Source:
     pair: tuple[str, str] = ("wrn40_2", "wrn16_1")
     like: str = "folder"
     paper: str | None = None
+    pad: int = 8
+
+    def padding(self, img_size: int) -> int:
+        """The pixels that training pads images of this size by, on each side."""
+        return img_size // self.pad if self.crop else 0
 
 
 HALF = (0.5, 0.5, 0.5)
@@ -66,6 +71,9 @@ SOURCES: dict[str, Source] = {
     "usps": Source(sources.load_usps, 32, 1, (0.1307,), (0.3081,), pair=LENET, like="mnist"),
     "celeba": Source(sources.load_celeba, 224, 3, HALF, HALF, False, True, ALEXNET, paper="CelebA"),
     "caltech101": Source(sources.load_caltech101, 128, 3, HALF, HALF, False, True, RESNET34, paper="Caltech101"),
+    "tiny-imagenet": Source(
+        sources.load_tiny_imagenet, 64, 3, HALF, HALF, True, True, ("resnet34", "resnet18"), pad=16
+    ),
     # The published training crop is a random resized one.
     "imagenet": Source(sources.load_imagenet, 224, 3, *IMAGENET, True, True, RESNET50, paper="ImageNet"),
     "folder": Source(load_folder, crop=True, flip=True),
@@ -182,7 +190,7 @@ def get_dataset(
             raise unreadable(f"image {error.filename}", error, "replace or delete it") from None
     own_mean, own_std = computed or (source.mean, source.std)
     mean, std = mean or _follow(own_mean, channels), std or _follow(own_std, channels)
-    classes, pad = tuple(map(splits.printable, raw.class_names)), img_size // 8 if source.crop else 0
+    classes, pad = tuple(map(splits.printable, raw.class_names)), source.padding(img_size)
     about = classes, mean, std, img_size, channels, pad, source.flip, digest
     return Dataset(name, parts.get("train"), parts["test"], *about)
 

@@ -337,6 +337,25 @@ def load_imagenet(root: Path, splits: Sequence[str], *_) -> Raw:
     raise DataError(f"no imagenet: looked for {wanted} in {places[0]} and {places[1]}; it is not downloaded: {cure}")
 
 
+def load_tiny_imagenet(root: Path, splits: Sequence[str], *_) -> Raw:
+    """Y. Le and X. Yang 2015, Tiny ImageNet: 100,000 + 10,000 images of 200 classes: the folder tiny-imagenet-200 as it
+    is unpacked. The test images are those of ``val``, in class folders or by its list; labels are in the names' order."""
+    place = next((p for p in (root / "tiny-imagenet-200", root) if (p / "wnids.txt").is_file()), None)
+    if place is None:
+        text = f"no tiny-imagenet: looked for wnids.txt, train/ and val/ in {root / 'tiny-imagenet-200'} and {root}"
+        raise DataError(f"{text}; it is not downloaded: unpack tiny-imagenet-200.zip of cs231n.stanford.edu there")
+    names = tuple(sorted((place / "wnids.txt").read_text(errors="replace").split()))
+    found = {"train": list_split(place / "train", names)} if "train" in splits else {}
+    table = place / "val" / "val_annotations.txt"
+    if not table.is_file() or set(names) <= set(class_folders(place / "val")):
+        return Raw(names, list_split(place / "val", names), **found, root=place)
+    lines = [line.split("\t") for line in table.read_text(errors="replace").splitlines()]
+    if not lines or any(len(line) < 2 or line[1] not in names for line in lines):
+        raise DataError(f"{table} is damaged: a line of it names no class of wnids.txt; unpack the archive again")
+    labels = torch.tensor([names.index(line[1]) for line in lines])
+    return Raw(names, FileSplit([place / "val" / "images" / line[0] for line in lines], labels), **found, root=place)
+
+
 def _download(fetch: Callable, root: Path, splits: Sequence[str]) -> str:
     """Fetches into a temporary folder, so that failure leaves nothing, and moves the files to root; what went wrong."""
     existed, timeout = root.exists(), socket.getdefaulttimeout()

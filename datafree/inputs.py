@@ -39,7 +39,7 @@ def open_data(args: argparse.Namespace, metadata: Mapping, train: bool = False, 
         about = args.dataset, args.data_root, size, channels, args.mean, args.std, args.attribute
         data = get_dataset(*about, train=train, num_classes=num_classes)
         if args.dataset == "none" and (source := SOURCES.get(metadata.get("dataset"))):
-            data = replace(data, padding=data.img_size // 8 if source.crop else 0, flip=source.flip)
+            data = replace(data, padding=source.padding(data.img_size), flip=source.flip)
     for key in ("mean", "std"):
         values = metadata.get(key, getattr(data, key))
         if values is None:

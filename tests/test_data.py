@@ -584,6 +584,36 @@ def test_imagenet(tmp_path, place, second):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("place", ["", "tiny-imagenet-200"])
+@pytest.mark.parametrize("sorted_out", [False, True])
+def test_tiny_imagenet(tmp_path, place, sorted_out):
+    """As it is unpacked, or with the validation images sorted into folders of their classes."""
+    root, names = tmp_path / place, ("n03", "n01")
+    lines = []
+    for name in names:
+        (root / "train" / name / "images").mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(noise(64, 64, 3, seed=i)).save(root / "train" / name / "images" / f"{name}_{i}.JPEG")
+    for i, name in enumerate(("n01", "n03", "n01")):
+        folder = root / "val" / (f"{name}/images" if sorted_out else "images")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(64, 64, 3, seed=9 + i)).save(folder / f"val_{i}.JPEG")
+        lines.append(f"val_{i}.JPEG\t{name}\t0\t32\t44\t62")
+    (root / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+    (root / "wnids.txt").write_text("\n".join(names) + "\n")
+    d = get_dataset("tiny-imagenet", tmp_path)
+    assert d.class_names == ("n01", "n03") and d.train.labels.tolist() == [0, 0, 1, 1]
+    assert d.test.labels.tolist() == ([0, 0, 1] if sorted_out else [0, 1, 0])
+    assert (d.img_size, d.padding, d.flip, d.mean) == (64, 4, True, (0.5,) * 3)
+    assert d.test.images.shape == (3, 3, 64, 64)
+    assert get_dataset("tiny-imagenet", tmp_path, train=False).train is None
+    if not sorted_out:
+        (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn99\n")
+        expect_error("val_annotations.txt is damaged", name="tiny-imagenet", root=tmp_path)
+        (root / "val" / "val_annotations.txt").write_text(lines[0] + "\nval_7.JPEG\tn01\n")
+        expect_error("val_7.JPEG", name="tiny-imagenet", root=tmp_path)
+
+
 @pytest.fixture
 def celeba(tmp_path):
     place = tmp_path / "celeba"
@@ -622,7 +652,7 @@ def test_celeba(celeba):
 # --- arguments, downloads, fingerprints ------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(set(DATASETS) - {"digits", "folder", "imagenet"}))
+@pytest.mark.parametrize("name", sorted(set(DATASETS) - {"digits", "folder", "imagenet", "tiny-imagenet"}))
 @pytest.mark.parametrize("download", [True, False])
 def test_missing_data(tmp_path, name, download, capfd):
     root = tmp_path / "datasets"

@@ -227,6 +227,15 @@ def test_published_settings(dataset, g_steps):
     assert rounds == [10] * 20 + [2] * 300
 
 
+def test_published_settings_of_tiny_imagenet():
+    args = vars(datafree_kd.parse_args(["--method", "nayer", "--dataset", "tiny-imagenet"]))
+    assert {k: args[k] for k in ("g_steps", "g_loops", "gwp_loops", "synthesis_batch_size", "batch_size", "lr",
+                                 "kd_steps", "ep_steps", "warmup", "teacher", "student", "adv")} == dict(
+        g_steps=60, g_loops=4, gwp_loops=20, synthesis_batch_size=200, batch_size=256, lr=0.1, kd_steps=1000,
+        ep_steps=1000, warmup=20, teacher="resnet34", student="resnet18", adv=1.33,
+    )  # fmt: skip
+
+
 def test_mistakes(refused):
     flags = "--method", "nayer", "--label_embedding"
     assert "it takes orthogonal, teacher, or a .npy file" in refused(datafree_kd, *flags, "clip")

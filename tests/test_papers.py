@@ -68,7 +68,7 @@ METHODS = {  # method, or source and method -> script and what its parsed flags 
     "Fast-5": ("datafree_kd", dict(method="fast_meta", g_steps=5, n_epochs=220, lr_z=0.01, lr_g=3e-3)),
     "Fast-10": ("datafree_kd", dict(method="fast_meta", g_steps=10, n_epochs=220, lr_z=0.01, lr_g=2e-3)),
     **{f"NAYER-{n}": ("datafree_kd", dict(method="nayer", g_steps=40, n_epochs=n + 20, batch_size=512, lr_g=4e-3,
-                                          g_loops=2)) for n in (100, 200, 300)},
+                                          g_loops=2, warmup=20)) for n in (100, 200, 300)},
     "Fast-50": ("datafree_kd_imagenet", dict(g_steps=50)),
 }
 DFAD = {"MNIST": "DFAD_mnist", "CIFAR-10": "DFAD_cifar", "CIFAR-100": "DFAD_cifar", "Caltech101": "DFAD_caltech101",

@@ -176,9 +176,16 @@ TYPES = dict.fromkeys(("g_loops", "gwp_loops", "g_life"), count)
 TYPES |= {"label_embedding": dict(type=label_source, metavar="NAME")}
 
 
-def adjust(dataset: str, teacher: str, g_steps: int | None) -> dict[str, int]:
+BY_DATA = {
+    "cifar10": dict(g_steps=30),
+    "tiny-imagenet": dict(g_steps=60, g_loops=4, gwp_loops=20, synthesis_batch_size=200, batch_size=256, lr=0.1,
+                          ep_steps=1000, kd_steps=1000),
+}  # fmt: skip
+
+
+def adjust(dataset: str, teacher: str, g_steps: int | None) -> dict[str, float]:
     """The settings of NAYER that differ from its recipe's."""
-    return {"g_steps": 30} if dataset == "cifar10" else {}
+    return BY_DATA.get(dataset, {})
 
 
 register("nayer", Method(Nayer, RECIPE, adjust=adjust), FLAGS, TYPES)

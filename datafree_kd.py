@@ -35,9 +35,10 @@ fast and fast_meta take adv and oh by the teacher (resnet34: 1.33, 0.5; vgg11: 1
 0.4) and lr_z, lr_g by g_steps (2: 0.015, 5e-3; 5: 0.01, 3e-3; 10: 0.01, 2e-3); cmi looks at the
 stages of a resnet34; nayer makes g_loops batches a round, each of all classes in turn, of 30 steps
 on CIFAR-10, and on Tiny ImageNet has g_steps 60, g_loops 4, gwp_loops 20, synthesis_batch_size 200,
-batch_size 256, lr 0.1, ep_steps and kd_steps 1000. The tables' DeepInv-2k and CMI-500 are --g_steps 2000 and 500,
-NAYER-100 and -200 --n_epochs 120 and 220, with --warmup 20. On small grey images all methods are shortened, on
-ImageNet the batches are (datafree_kd_imagenet.py has the published way there); these are ours:
+batch_size 256, lr 0.1, ep_steps and kd_steps 1000. The tables' DeepInv-2k and CMI-500 are
+--g_steps 2000 and 500, NAYER-100 and -200 --n_epochs 120 and 220, with --warmup 20. On small grey
+images all methods are shortened, on ImageNet the batches are (datafree_kd_imagenet.py has the
+published way there); these are ours:
 {small}
 
 Differences from the published code (--as_published brings 1 to 4 and 6 back):

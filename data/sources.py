@@ -339,7 +339,7 @@ def load_imagenet(root: Path, splits: Sequence[str], *_) -> Raw:
 
 def load_tiny_imagenet(root: Path, splits: Sequence[str], *_) -> Raw:
     """Y. Le and X. Yang 2015, Tiny ImageNet: 100,000 + 10,000 images of 200 classes: the folder tiny-imagenet-200 as it
-    is unpacked. The test images are those of ``val``, in class folders or by its list; labels are in the names' order."""
+    is unpacked. The test images are those of ``val``, in class folders or by its list; labels by the names' order."""
     place = next((p for p in (root / "tiny-imagenet-200", root) if (p / "wnids.txt").is_file()), None)
     if place is None:
         text = f"no tiny-imagenet: looked for wnids.txt, train/ and val/ in {root / 'tiny-imagenet-200'} and {root}"

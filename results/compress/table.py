@@ -63,12 +63,16 @@ def table(folder: Path = HERE) -> str:
             better = f"are {words[gain > 2 * max(errors)]} than noise"
             remarks.append(f"- {network}: synthetic images {better} (by {gain:+.2f} points; a standard error is "
                            f"{max(errors):.2f}).")  # fmt: skip
-    fewer = [json.loads(path.read_text()) for path in sorted((folder / "ten_rounds").glob("*.json"))]
-    fewer = ", ".join(f"{card['networks']['student.int8.onnx']['accuracy']:.2f}" for card in fewer)
+    fewer = {}
+    for path in sorted((folder / "ten_rounds").glob("*.json")):
+        card = json.loads(path.read_text())
+        score = f"{card['networks']['student.int8.onnx']['accuracy']:.2f}"
+        fewer.setdefault(card["teacher"], []).append(score)
+    ended = ", ".join(f"{network}'s at {', '.join(scores)}" for network, scores in fewer.items())
     remarks.append(
-        "- The synthetic images are those of the last four of sixteen rounds, of wrn40_2 of ten, for want of time. "
-        f"After ten rounds wrn16_1's seeds ended at {fewer} (`ten_rounds/`): how good such images are for this varies. "
-        "Where nothing can be tested, noise was the safer choice for these networks with BatchNorm."
+        "- The synthetic images are those of the last four of sixteen rounds. After ten rounds seeds ended lower and "
+        f"further apart: {ended} (`ten_rounds/`). Where nothing can be tested, noise was the safer choice for these "
+        "networks with BatchNorm."
     )
     hardware = " and ".join(sorted({card["hardware"] for card in cards}))
     text = [

@@ -29,7 +29,7 @@ from pathlib import Path
 import papers
 from datafree.cli import FREE, Parser, cli
 from datafree.errors import UsageError
-from datafree.plots import plot_accuracy, plot_points
+from datafree.plots import plot_accuracy, plot_lines, plot_points
 from datafree.records import command_of, precision_of, read_records, teacher_of
 from datafree.tables import as_csv, as_markdown, figure_of
 
@@ -64,6 +64,7 @@ for machines, [results.csv](results/results.csv).
 "Last" is the last epoch, "best" the best one on the test set, which is what the papers report, ± the standard
 deviation over n runs; s.e. is the standard error that so many test images leave in a score, the mean is over all
 epochs. "Differs" names the flags in which runs are not the published one, with the published value in brackets.
+CIFAR-10 over student steps: [a picture](results/plots/steps-cifar10.png).
 
 {measured}"""
 PAGE_TOP = """# {}: every cell and run
@@ -286,6 +287,39 @@ def plot_synthesis(rows: Sequence[dict], folder: Path) -> None:
         plot_points(folder / f"synthesis-{dataset.lower()}.png", points, "hours of synthesis", label)
 
 
+def steps_of(record: Mapping) -> tuple[int, int]:
+    """A data-free run's student steps of an epoch, and its epochs of warm-up, which have none; (0, 0) of other runs."""
+    args, script = record["args"], record["script"]
+    if script == "datafree_kd.py":
+        return args["ep_steps"] // args["kd_steps"] * args["kd_steps"], args["warmup"]
+    if script == "DFND_train.py":
+        return -(-record["selected"] // args["batch_size"]), 0
+    if "epoch_itrs" in args:
+        return args["epoch_itrs"] * args["k"], 0
+    return args.get("iterations", 0), 0
+
+
+def plot_steps(records: Sequence[dict], results: Path, folder: Path, dataset: str = "cifar10") -> None:
+    """Accuracy over student steps, of the data-free runs on a data set that have their metrics.csv beside them.
+
+    Args:
+        results: where the records are. folder: where the picture goes; what is published for the runs is a line in it.
+    """
+    runs, values = {}, {}
+    for record in records:
+        file = results / record["file"].replace(".json", ".metrics.csv")
+        steps, warmup = steps_of(record) if record["dataset"] == dataset and file.is_file() else (0, 0)
+        if steps and not papers.of_benchmark(record):
+            with file.open(newline="") as lines:
+                rows = [(int(row["epoch"]), float(row["accuracy"])) for row in csv.DictReader(lines)]
+            runs[file.name.removesuffix(".metrics.csv")] = [((e - warmup) * steps, y) for e, y in rows if e > warmup]
+            values |= {
+                f"{c['method']}, {c['source']}, {c['cell']}": c["value"] for c in record["published"] if c["value"]
+            }
+    if runs:
+        plot_lines(folder / f"steps-{dataset}.png", runs, values, "student steps", f"{dataset}: accuracy (%)")
+
+
 def curves(files: Sequence[Path], out: str) -> None:
     """Draw metrics.csv files; a file's label is its name, or its folder's."""
     for path in files:
@@ -379,6 +413,7 @@ def main(args: Namespace) -> list[dict] | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         plot_synthesis(rows, top.parent / "results" / "plots")
+        plot_steps(records, Path(args.results), top.parent / "results" / "plots")
         print(f"{len({r['cell'] for r in rows if r['n']})} cells with runs, {len(others)} kinds of other runs: {top}")
         return rows
     text = as_markdown(FULL, rows) if args.format == "md" else as_csv(COLUMNS, rows)

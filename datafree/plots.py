@@ -56,6 +56,21 @@ def plot_points(path: Path, methods: Mapping[str, tuple[Point, Sequence[Point]]]
     figure.savefig(path, dpi=120)
 
 
+def plot_lines(
+    path: Path, lines: Mapping[str, Sequence[Point]], levels: Mapping[str, float], x: str, y: str
+) -> None:  # fmt: skip
+    """Draw a line through the points of each of `lines`, over a logarithmic axis x, and dashed `levels`."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xscale="log", xlabel=x, ylabel=y)
+    for label, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker=".", label=label)
+    for i, (label, value) in enumerate(levels.items()):
+        axes.axhline(value, color=f"C{len(lines) + i}", linestyle="--", label=f"{value:g}: {label}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
+
+
 @torch.no_grad()
 def side_by_side(
     folder: Path, networks: Mapping[str, nn.Module], data: Segmentation, transform: Callable, runtime: Runtime,

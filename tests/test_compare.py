@@ -105,6 +105,30 @@ def test_the_committed_page_of_the_benchmark_is_up_to_date(tmp_path):
     assert (tmp_path / "dfd10" / "README.md").read_text() == (ROOT / "results" / "dfd10" / "README.md").read_text()
 
 
+def test_accuracy_over_student_steps(tmp_path, monkeypatch):
+    """Of runs with their metrics.csv, epochs of warm-up left out, and the published value of each."""
+    drawn = []
+    monkeypatch.setattr(compare, "plot_lines", lambda path, *what: drawn.append((path.name, *what)))
+    fast, dfnd, dfad = CELLS["fast-53"].args, dict(batch_size=256), dict(epoch_itrs=50, k=5)
+    runs = {
+        "a": dict(script="datafree_kd.py", args=fast | dict(warmup=1), published=[
+            dict(cell="fast-53", method="Fast-10", source="Fast-Datafree", value=89.29)
+        ]),
+        "b": dict(script="DFND_train.py", args=dfnd, selected=10_000, published=[]),
+        "c": dict(script="DFAD_cifar.py", args=dfad, published=[]),
+        "d": dict(script="teacher_train.py", args={}, published=[]),
+        "e": dict(script="DFAD_cifar.py", args=dfad, published=[]),
+        "f": dict(script="DFAD_cifar.py", args=dfad, published=[], dataset="cifar100"),
+    }  # fmt: skip
+    for name in "abcdf":
+        (tmp_path / f"{name}.metrics.csv").write_text("epoch,accuracy\n1,10\n2,20\n")
+    records = [dict(dataset="cifar10", file=f"{name}.json") | run for name, run in runs.items()]
+    compare.plot_steps(records, tmp_path, tmp_path)
+    ((name, lines, levels, *_),) = drawn
+    assert name == "steps-cifar10.png" and levels == {"Fast-10, Fast-Datafree, fast-53": 89.29}
+    assert lines == {"a": [(400, 20)], "b": [(40, 10), (80, 20)], "c": [(250, 10), (500, 20)]}
+
+
 def test_pages(folder):
     pages = compare.pages(read_records(folder))
     assert set(pages) == {"RESULTS.md", "results/results.csv"} | {

@@ -89,6 +89,7 @@ def table(folder: Path = HERE) -> str:
         "the commands. The recipe's length is measured and cut to half an hour of two quiet cores; the minutes "
         "are those that went by while other work shared them, or stopped the run. One seed; the last epoch.",
         distilled(folder),
+        "What the students learnt from: ![CIFAR-10](whole/cifar10.png) ![MNIST](whole/mnist.png)",
     ]
     return "\n\n".join(text) + "\n"
 

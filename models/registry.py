@@ -57,10 +57,12 @@ def agree_on_size(names: Iterable[str], img_size: int | None = None) -> int | No
 
     Raises ValueError when they insist on different sizes.
     """
+    given = img_size
     for name in names:
         own = input_size(name)
         if own and img_size and own != img_size:
-            raise ValueError(f"{name} takes images of {own} pixels, not {img_size}")
+            cure = f"give --img_size {own}" if given else "take networks of one size"
+            raise ValueError(f"{name} takes images of {own} pixels, not {img_size}: {cure}")
         img_size = img_size or own
     return img_size
 

@@ -20,8 +20,10 @@ from contextlib import redirect_stdout
 
 import papers
 from compress import words
+from datafree import checkpoint
 from datafree.cli import DEVICE, FOLDER, FREE, Parser, cli
 from datafree.errors import UsageError
+from datafree.tables import as_csv
 from datafree.teachers import SHIPPED, teacher_file
 
 FACTORS = (1.0, 0.3, 0.1, 0.03)
@@ -95,10 +97,7 @@ def main(args: Namespace) -> None:
     where = ["--device", args.device, *(["--gpu", str(args.gpu)] if args.gpu is not None else [])]
     for line in tries([known[m] for m in args.method or known], done, args.out, where):
         lines.append(line)
-        with LOG.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
+        checkpoint.write(LOG, as_csv(COLUMNS, lines).encode())
         print("{track} {method}: rate {rate}, agreement {agreement}".format(**line), flush=True)
 
 

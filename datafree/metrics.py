@@ -18,6 +18,11 @@ FURTHER = ("Acc@5", "iou_", "pixel_", "mean_acc", "frequency")
 EVALUATION_PIXELS = 2**25  # values of a test batch at the most: 1000 images of 32 x 32, 222 of 224 x 224
 
 
+def size_of_test_batches(data: Dataset) -> int:
+    """How many test images one pass takes."""
+    return max(1, min(1000, EVALUATION_PIXELS // (data.channels * data.img_size**2)))
+
+
 @torch.no_grad()
 def classification_scores(model: nn.Module, data: Dataset, transform: Callable, runtime: Runtime) -> dict[str, float]:
     """Percentages of `model`, in eval mode, on the test split of `data`.
@@ -29,7 +34,7 @@ def classification_scores(model: nn.Module, data: Dataset, transform: Callable, 
     """
     training = model.training
     model.eval()
-    n = max(1, min(1000, EVALUATION_PIXELS // (data.channels * data.img_size**2)))
+    n = size_of_test_batches(data)
     while True:
         try:
             hits = torch.zeros(2, dtype=torch.int64, device=runtime.device)

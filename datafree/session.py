@@ -190,11 +190,12 @@ class Session:
             about |= dict(teacher=args.teacher, student=args.student)
             about |= dict(teacher_accuracy=self.teacher_score, teacher_weights=self.teacher_record)
         if self.teacher is not None and self.score == "Acc@1":
-            both = self.student, self.teacher
-            shown = (
-                self.transform(x) for x, _ in data.test.batches(500, device=self.runtime.device, share=distributed.part)
-            )
-            about["agreement"] = metrics.agreement(*both, shown, self.runtime)  # on the test images
+            # Smaller batches than the tests': these halve theirs where memory is short, and this is the run's end.
+            n = max(1, metrics.size_of_test_batches(data) // 8)
+            batches = data.test.batches(n, device=self.runtime.device, share=distributed.part)
+            with self.runtime.eagerly():
+                shown = (self.transform(x) for x, _ in batches)
+                about["agreement"] = metrics.agreement(self.student, self.teacher, shown, self.runtime)
         if further := {k: v for k, v in self.run.rows[-1].items() if k.startswith(metrics.FURTHER)}:
             about["last_scores"] = further
         return self.run.finish(**(about | facts))

@@ -156,8 +156,9 @@ class GeneratorA(Generator):
 
         Until there all is linear in z but for the statistics of the first batch norm, and these follow from the mean
         and the covariance of z. So the convolution of the linear layer's columns and offset, combined by z, gives the
-        same up to rounding: a batch of 512 latents of length 100 needs 101 convolutions. It pays where these and the
-        sums are fewer multiply-adds by a fifth: measured from 170 latents of that length on.
+        same up to rounding: a batch of 512 latents of length 100 needs 101 convolutions. It is done where these
+        and the sums are fewer multiply-adds by a fifth, from 168 latents of that length on: a pass forth and back took
+        4 % less time at 192, 10 % at 256 and 17 % at 512.
         """
         linear, norm = self.l1[0], self.conv_blocks0[0]
         weight = linear.weight.view(norm.num_features, -1, self.nz)

@@ -71,8 +71,7 @@ def table(folder: Path = HERE) -> str:
     ended = ", ".join(f"{network}'s at {', '.join(scores)}" for network, scores in fewer.items())
     remarks.append(
         "- The synthetic images are those of the last four of sixteen rounds. After ten rounds seeds ended lower and "
-        f"further apart: {ended} (`ten_rounds/`). Where nothing can be tested, noise was the safer choice for these "
-        "networks with BatchNorm."
+        f"further apart: {ended} (`ten_rounds/`)."
     )
     hardware = " and ".join(sorted({card["hardware"] for card in cards}))
     text = [

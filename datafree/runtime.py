@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 try:
     import resource
@@ -112,7 +113,11 @@ def setup(args: argparse.Namespace) -> Runtime:
     elif precision == "bf16" and not has_bf16(device):
         text = f"--precision bf16: {device_name(device)} has no bfloat16 arithmetic"
         raise UsageError(f"{text}: use --precision fp32 (auto chooses it here)")
-    return Runtime(device, precision, args.compile and can_compile(device))
+    compiles = args.compile and can_compile(device)
+    if compiles and device.type == "cuda":
+        # A CUDA graph's outputs lie where its next call writes: what networks returned is needed until an update ends.
+        register_optimizer_step_post_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+    return Runtime(device, precision, compiles)
 
 
 def can_compile(device: torch.device) -> bool:

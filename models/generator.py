@@ -45,8 +45,11 @@ class UpsampleConv2d(nn.Conv2d):
 
     def convolve(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The folded computation with another bias than the module's, or none."""
-        # Sums over 2x2 windows; folded before autocast rounds, hence in the weight's own type.
-        kernel = F.avg_pool2d(self.weight, 2, stride=1, padding=1, divisor_override=1)
+        # Sums over 2x2 windows; folded before autocast rounds, hence in the weight's own type. They are an average
+        # pooling, whose gradient on a GPU was wrong for long (pytorch #188344: channels_last with padding).
+        padded = F.pad(self.weight, (1, 1, 1, 1))
+        rows = padded[:, :, 1:] + padded[:, :, :-1]
+        kernel = rows[..., 1:] + rows[..., :-1]
         return F.conv_transpose2d(x, kernel.flip(2, 3).transpose(0, 1), bias, 2, 1)
 
 

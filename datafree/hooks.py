@@ -95,13 +95,13 @@ def _watch(layers: Sequence[nn.Module], function: Callable[[Tensor], object], ha
 
 
 @contextmanager
-def features_of(network: nn.Module, wanted: bool = True) -> Iterator[list]:
+def features_of(network: nn.Module, wanted: bool = True, named: bool = True) -> Iterator[list]:
     """A list that holds, once `network` has run in the block, its features and the layer that they enter.
 
-    It is named by `network.features_enter` where there is such an attribute; else it is the last linear layer or
-    1x1 convolution that ran. Not `wanted`: nothing is hooked, and the list stays empty.
+    It is named by `network.features_enter` where there is such an attribute, unless `named` is False; else it is the
+    last linear layer or 1x1 convolution that ran. Not `wanted`: nothing is hooked, and the list stays empty.
     """
-    seen, name = [], getattr(network, "features_enter", None)
+    seen, name = [], getattr(network, "features_enter", None) if named else None
     layers = [network.get_submodule(name)] if name else filter(_is_linear, network.modules())
 
     def keep(layer: nn.Module, given: tuple) -> None:

@@ -116,6 +116,8 @@ def setup(args: argparse.Namespace) -> Runtime:
     compiles = args.compile and can_compile(device)
     if compiles and device.type == "cuda":
         # A CUDA graph's outputs lie where its next call writes: what networks returned is needed until an update ends.
+        # Without a first mark, each call would count as a step.
+        torch.compiler.cudagraph_mark_step_begin()
         register_optimizer_step_post_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
     return Runtime(device, precision, compiles)
 

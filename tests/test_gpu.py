@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_run import CASES, command, datafree, run
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from datafree import checkpoint
@@ -20,13 +21,15 @@ class HostRandom(TorchFunctionMode):
     """Random numbers of a GPU's tensors are the CPU's."""
 
     makes = (torch.rand, torch.randn, torch.randint, torch.randperm)
+    fills = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in self.makes and torch.device(kwargs.get("device") or "cpu").type == "cuda":
             return function(*args, **kwargs | {"device": "cpu"}).to(kwargs["device"])
-        if function is torch.Tensor.normal_ and args[0].is_cuda:
-            return args[0].copy_(args[0].cpu().normal_(*args[1:], **kwargs))
+        if function in self.fills and kwargs["tensor"].is_cuda:
+            with torch.no_grad():
+                return kwargs["tensor"].copy_(function(**kwargs | {"tensor": kwargs["tensor"].cpu()}))
         return function(*args, **kwargs)
 
 

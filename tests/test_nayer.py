@@ -197,6 +197,8 @@ def test_embeddings(tmp_path):
     torch.testing.assert_close(rows @ rows.t() / 512, torch.eye(10), atol=1e-5, rtol=0)
     assert embeddings("orthogonal", teacher, 600, (3, 32, 32)).shape == (600, 600)
     assert torch.equal(embeddings("teacher", teacher, 10, (3, 32, 32)), teacher.fc.weight)
+    lenet5 = get_model("lenet5")  # whose features, as DAFL has them, enter another layer
+    assert torch.equal(embeddings("teacher", lenet5, 10, (1, 32, 32)), lenet5.fc2.weight)
     file = tmp_path / "text.npy"
     np.save(file, np.arange(20, dtype=np.float16).reshape(10, 2))
     assert embeddings(str(file), teacher, 10, (3, 32, 32)).tolist()[1] == [2.0, 3.0]

@@ -490,6 +490,22 @@ def test_a_round_without_a_term_does_nothing(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", FAMILIES)
+def test_unseen_images_leave_no_trace(method, tmp_path):
+    family = tiny(method, tmp_path)
+    family.synthesize(True, lambda loss: None)
+    before, rng, n = copy.deepcopy(family.state_dict()), torch.get_rng_state(), len(family.pool)
+    made = torch.cat(list(family.unseen()))
+    assert torch.equal(torch.get_rng_state(), rng) and len(family.pool) == n
+    after = family.state_dict()
+    if family.fresh:  # its generator is drawn anew for each batch
+        before.pop("generator", None), after.pop("generator", None)
+    assert all(map(torch.equal, *([t for t in leaves(s) if isinstance(t, torch.Tensor)] for s in (before, after))))
+    seen = family.transform(family.pool.images()) if family.pooled else made[:0]
+    assert made.shape[1:] == (3, 32, 32) and not any(torch.equal(x, y) for x in made for y in seen)
+    assert torch.equal(torch.cat(list(family.unseen())), made)
+
+
+@pytest.mark.parametrize("method", FAMILIES)
 def test_a_resumed_synthesizer_goes_on_alike(method, tmp_path):
     """Also where the killed run made another round, and wrote its files, behind the checkpoint."""
     family = tiny(method, tmp_path)

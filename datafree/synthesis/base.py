@@ -52,6 +52,7 @@ class Synthesizer:
     terms: tuple[str, ...] = ()  # the losses it minimises: `adv` weighs `loss_adv`
     settings: tuple[str, ...] = ("synthesis_batch_size", "g_steps")  # these weights, and the rest
     pooled = True  # whether images are kept
+    fresh = False  # whether a batch is made of nothing that earlier ones left
     kept: tuple[str, ...] = ()  # the attributes whose states a resumed run needs
     early = True  # whether the published code turns the adversarial term on an epoch before the student
     published_T: float | None = None  # the temperature that the published code distils at, whatever it is told
@@ -66,7 +67,7 @@ class Synthesizer:
         if settings.keys() != set(self.settings):
             raise TypeError(f"{type(self).__name__} takes {self.settings}, not {set(settings)}")
         vars(self).update(settings)
-        self.hooks = BatchNormHooks(teacher, settings.get("bn_mmt", 0.0))
+        self.hooks, self.apart = BatchNormHooks(teacher, settings.get("bn_mmt", 0.0)), None
 
     def synthesize(self, adversarial: bool, tick: Tick) -> Losses:
         """One round; returns the last losses by name, none where no term is on.
@@ -99,7 +100,11 @@ class Synthesizer:
         return {f"loss_{name}": loss() for name, loss in terms.items() if self.is_on(name, adversarial)}
 
     def round(self, adversarial: bool, tick: Tick) -> Losses:
-        """What a family does in `synthesize`: one batch, for those with a pool, from latents and classes."""
+        """What a family does in `synthesize`: one batch, if it does no other."""
+        return self.batch(adversarial, tick)
+
+    def batch(self, adversarial: bool, tick: Tick) -> Losses:
+        """One batch for the pool, from latents and classes."""
         return self.invert(self.latents(), self.targets(), adversarial, tick)
 
     def latents(self) -> Tensor:
@@ -117,12 +122,27 @@ class Synthesizer:
         """The newest n images, (N, C, H, W) in 0..1."""
         return self.pool.images(max(0, len(self.pool) - n)).float() / 255
 
-    @torch.no_grad()
     def unseen(self) -> Iterator[Tensor]:
-        """1000 normalised images, in batches, that the student never learns from, by a copy of the generator."""
-        generator, seed = copy.deepcopy(self.generator), torch.Generator().manual_seed(0)
-        for _ in range(4):
-            yield self.normalized(self.generate(generator, self.generator.latents(250, generator=seed)))
+        """A batch of normalised images, made as the pool's are, that the student never learns from.
+
+        Where batches are made of nothing that earlier ones left (`fresh`), it is always the same one.
+        """
+        if self.apart is None or not self.fresh:
+            self.apart = self.set_apart()
+        yield self.transform(self.apart)
+
+    def set_apart(self) -> Tensor:
+        """A process's share of a batch, uint8 (N, C, H, W), which leaves no trace; without the adversarial term."""
+        pool, self.pool = self.pool, ImagePool(self.shape, self.runtime.device, "unsaved")
+        state = None if self.fresh else copy.deepcopy(self.state_dict())
+        devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
+        with torch.enable_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            self.batch(not self.has_terms(False), lambda loss: None)
+        if state is not None:
+            self.load_state_dict(state)
+        made, self.pool = self.pool.near, pool
+        return made
 
     def generate(self, generator: nn.Module, z: Tensor) -> Tensor:
         """The generator's images (N, C, H, W) in 0..1 of latents z, at least float32."""

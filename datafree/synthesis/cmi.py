@@ -35,7 +35,7 @@ class CMI(Synthesizer):
 
     terms = ("bn", "oh", "adv", "cr")
     settings = (*Synthesizer.settings, *terms, "lr_g", "cr_T", "bank_size", "n_neg", "head_dim", "feature_layers")
-    kept = ("generator",)
+    kept, fresh = ("generator",), True
 
     def __init__(self, *networks: object, **settings: object):
         super().__init__(*networks, **settings)
@@ -53,9 +53,16 @@ class CMI(Synthesizer):
         self.bank = MemoryBank(self.bank_size, 2 * width, self.runtime.device, path)  # local half, then global half
         self.kept = ("generator", "head", "head_optimizer", "bank")
 
-    def round(self, adversarial: bool, tick: Tick) -> Losses:
+    def batch(self, adversarial: bool, tick: Tick) -> Losses:
         redraw(self.generator)
-        return super().round(adversarial, tick)
+        return super().batch(adversarial, tick)
+
+    def set_apart(self) -> Tensor:
+        cr, self.cr = self.cr, 0.0  # neither the head nor the bank learns of it
+        try:
+            return super().set_apart()
+        finally:
+            self.cr = cr
 
     def invert(self, z: Tensor, targets: Tensor, adversarial: bool, tick: Tick) -> Losses:
         """One round from latents z (N, nz), optimised in place, towards classes targets (N,)."""

@@ -1,7 +1,5 @@
 """Adaptive DeepInversion (Yin et al., CVPR 2020): the pixels themselves are optimised."""
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +7,6 @@ from torch import Tensor
 from datafree.distributed import mean, norm, share
 from datafree.hooks import BatchNormHooks
 from datafree.losses import at_least_float32, js_loss, total_variation
-from datafree.pool import ImagePool
 
 from .base import STUDENT, Best, Losses, Method, Synthesizer, Tick, register
 
@@ -26,10 +23,11 @@ class DeepInversion(Synthesizer):
 
     terms = ("bn", "oh", "adv", "tv", "l2")
     settings = (*Synthesizer.settings, *terms, "lr_g", "as_published")
+    fresh = True
 
     def __init__(self, *networks: object, **settings: object):
         super().__init__(*networks, **settings)
-        self.student_hooks, self.apart = BatchNormHooks(self.student), None
+        self.student_hooks = BatchNormHooks(self.student)
 
     def latents(self) -> Tensor:
         """What a round starts from: noise as normalised images (N, C, H, W)."""
@@ -50,17 +48,6 @@ class DeepInversion(Synthesizer):
                 x.clamp_(low, high)
         self.pool.add(self.transform.denormalize(x.detach() if self.as_published else best.tensors[0]))
         return losses
-
-    def unseen(self) -> Iterator[Tensor]:
-        """A batch of normalised images that the student never learns from: always the same one."""
-        if self.apart is None:
-            pool, self.pool = self.pool, ImagePool(self.shape, self.runtime.device, "unsaved")
-            devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
-            with torch.enable_grad(), torch.random.fork_rng(devices):
-                torch.manual_seed(0)
-                self.round(not self.has_terms(False), lambda loss: None)
-            self.apart, self.pool = self.pool.near, pool
-        yield self.transform(self.apart)
 
     def jitter(self, x: Tensor) -> Tensor:
         """The batch rolled by one random offset in each direction and, with probability 1/2, mirrored as a whole."""

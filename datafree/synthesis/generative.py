@@ -1,5 +1,6 @@
 """The generator families of DAFL, DFAD, ZSKT and DFQ, as Fast-Datafree compares them."""
 
+import copy
 import math
 from collections.abc import Iterator
 
@@ -60,6 +61,13 @@ class Generative(Synthesizer):
         for _ in range(n):
             z = share(self.generator.latents(batch_size, device=self.runtime.device))
             yield self.normalized(self.generate(self.generator, z))
+
+    @torch.no_grad()
+    def unseen(self) -> Iterator[Tensor]:
+        """1000 normalised images, in batches, that the student never learns from, by a copy of the generator."""
+        generator, seed = copy.deepcopy(self.generator), torch.Generator().manual_seed(0)
+        for _ in range(4):
+            yield self.normalized(self.generate(generator, self.generator.latents(250, generator=seed)))
 
     @torch.no_grad()
     def pictures(self, n: int) -> Tensor:

@@ -5,9 +5,8 @@ steps fit it and the generator behind it to the batch.
 """
 
 import argparse
-import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +58,14 @@ class Nayer(Synthesizer):
         if n % self.g_life == 0 or self.as_published and (n - self.warmup) % self.g_life == 0:
             self.begin_anew()
         for _ in range(self.batches(vars(self), adversarial)):
-            self.noisy.redraw()
-            losses = self.invert(self.targets(), adversarial, tick)
+            losses = self.batch(adversarial, tick)
             if self.as_published:
                 self.student.train()
         return losses
+
+    def batch(self, adversarial: bool, tick: Tick) -> Losses:
+        self.noisy.redraw()
+        return self.invert(self.targets(), adversarial, tick)
 
     def begin_anew(self) -> None:
         """A brand-new generator: every layer as PyTorch makes it."""
@@ -81,7 +83,7 @@ class Nayer(Synthesizer):
         """One batch of the classes targets (N,)."""
         optimizer, best = adam(([*self.generator.parameters(), *self.noisy.parameters()], self.lr_g)), Best()
         for _ in range(self.g_steps):
-            images = self.images_of(self.generator, self.noisy, targets)
+            images = self.images_of(targets)
             losses = self.inversion_losses(self.view(images), targets, adversarial)
             loss = self.weigh(losses)
             best.offer(loss, images)
@@ -92,20 +94,12 @@ class Nayer(Synthesizer):
         self.pool.add(images)
         return losses
 
-    def images_of(self, generator: nn.Module, noisy: NoisyLayers, targets: Tensor) -> Tensor:
+    def images_of(self, targets: Tensor) -> Tensor:
         """Images (N, C, H, W) in 0..1 of classes targets (N,): of several processes each has its share of them."""
         with self.runtime.autocast():
-            z = share(noisy(self.embedding[targets]))  # every one computes the whole batch's: its blocks are of rows
-        return self.generate(generator, z.view(len(z), *generator.latent_shape))
-
-    @torch.no_grad()
-    def unseen(self) -> Iterator[Tensor]:
-        """1000 normalised images, in batches, that the student never learns from, by copies with noise of their own."""
-        generator, noisy = copy.deepcopy(self.generator), copy.deepcopy(self.noisy)
-        targets, seed = torch.arange(self.synthesis_batch_size) % self.num_classes, torch.Generator().manual_seed(0)
-        for done in range(0, 1000, len(targets)):
-            noisy.redraw(seed)
-            yield self.normalized(self.images_of(generator, noisy, targets.to(self.runtime.device)))[: 1000 - done]
+            # Every process computes the whole batch's, whose blocks are of rows.
+            z = share(self.noisy(self.embedding[targets]))
+        return self.generate(self.generator, z.view(len(z), *self.generator.latent_shape))
 
     def state_dict(self) -> dict[str, object]:
         return super().state_dict() | dict(rounds=self.rounds, n1=self.noisy.n1.state_dict(), embedding=self.embedding)
@@ -133,7 +127,7 @@ def embeddings(source: str, teacher: nn.Module, num_classes: int, shape: tuple[i
         return nn.init.orthogonal_(torch.empty(num_classes, width), width**0.5)
     if source == "teacher":
         example = next(teacher.parameters(), torch.empty(0))
-        with features_of(teacher) as found, torch.no_grad():
+        with features_of(teacher, named=False) as found, torch.no_grad():
             teacher(torch.zeros(1, *shape, device=example.device, dtype=example.dtype))
         rows = getattr(found[1], "weight", None) if found else None
         if rows is None or len(rows) != num_classes:

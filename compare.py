@@ -379,7 +379,7 @@ def benchmark(folder: Path) -> list[dict]:
         found.sort(key=itemgetter("last"), reverse=True)
         text.append(f"## {track}: {teacher} to {student}\n")
         if found:
-            plot_accuracy(folder / f"{track}.png", files)
+            plot_accuracy(folder / f"{track}.png", {row["method"]: files[row["method"]] for row in found})
             text.append(f"{as_markdown(BENCHMARK, found)}\n![Accuracy over seconds]({track}.png)\n")
         text += [f"Not run yet: {', '.join(missing)}.\n"] if missing else []
         rows += found

@@ -28,16 +28,20 @@ def plot_accuracy(path: Path, runs: Mapping[str, Path], column: str = "accuracy"
         return
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel=over, ylabel=f"test {column} (%)")
-    for label, source in runs.items():
+    for i, (label, source) in enumerate(runs.items()):
         try:
             with Path(source).open(newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))
             x, y = ([float(row[key]) for row in rows] for key in (over, column))
         except (ValueError, TypeError, LookupError, csv.Error) as error:
             raise UsageError(f"{source} is no metrics.csv with {over} and {column} ({error}): name another") from error
-        axes.plot(x, y, label=label, marker="." if len(rows) < 30 else "")
+        look = dict(color=f"C{i % 10}", linestyle=("-", "--", ":")[i // 10 % 3])
+        axes.plot(x, y, **look, label=label, marker="." if len(rows) < 30 else "")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small").set_in_layout(False)  # long names of runs would leave no room to the axes
+    if len(runs) > 5 and max(map(len, runs)) < 30:
+        figure.legend(fontsize="x-small", loc="outside right upper")
+    else:  # long names would leave no room to the axes
+        axes.legend(fontsize="x-small").set_in_layout(False)
     figure.savefig(path, dpi=120)
 
 

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # On a machine with a GPU, in at most --minutes (9): the tests that need one, all benchmarks with their memory, then
-# rows of the tables, the most valuable first, with the teachers that ship. What comes out goes to --out (gpu_check/).
-# --rehearse: the same on the CPU, as small as it can be. Run it again to go on with the rows.
+# rows of the tables, the most valuable first, with the teachers that ship, compiled: what limits such small networks
+# is the processor that starts the kernels. What comes out goes to --out (gpu_check/). --rehearse: the same on the CPU,
+# as small as it can be. Run it again to go on with the rows. One run at a time: ten on one GPU each took twice as
+# long as four.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-minutes=9 out=gpu_check bench=() tests=(tests/test_data.py tests/test_compile.py -k "on_a_gpu or compiled") rows=()
+minutes=9 out=gpu_check bench=() rows=(--compile)
+tests=(-n 4 tests/test_data.py tests/test_compile.py tests/test_gpu.py -k "on_a_gpu or compiled or test_gpu")
 while [ $# -gt 0 ]; do
   case $1 in
     --minutes) minutes=$2 && shift ;;
@@ -31,7 +34,7 @@ for setting in mnist fast_wrn; do
 done
 # WRN-40-2 -> WRN-16-1 on CIFAR-10: Fast-10, -5, -2, DFQ, ZSKT; then ResNet-34 -> ResNet-18.
 cells=(fast-53 fast-48 fast-43 fast-38 fast-33 fast-51)
-[ ${#rows[@]} -eq 0 ] || cells=(fast-53)
+[ "${rows[0]}" = --compile ] || cells=(fast-53)
 for cell in "${cells[@]}"; do
   [ "$(left)" -gt 1 ] || break
   "$PY" reproduce.py $cell --time_limit "$(left)" --out "$out/runs" "${rows[@]}" || echo "$cell: exit code $?"

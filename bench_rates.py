@@ -6,7 +6,7 @@
 A quarter of a row's run, with seed 100, is made with {factors} times the row's own rate and --dataset none. The rate
 whose student agrees most often with the teacher on images that were made as the run's are and that it has not seen is
 the best; a run that becomes infinite agrees never. What came out goes to benchmarks/rates.csv; the best rates are
-entered into dfd10.csv by hand. Rows that learn from images (noise, real, wild) keep theirs: they have none to try it on.
+entered into dfd10.csv by hand. Rows that learn from images (noise, real, wild) keep theirs: there is none to try it on.
 """
 
 import datafree.interrupt  # noqa: F401

@@ -298,14 +298,14 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx, gradient: Tensor, *_) -> tuple[Tensor | None, ...]:
         x, weight, mean, var = ctx.saved_tensors
         scale = torch.ones_like(mean) if weight is None else weight
-        # As if mean and variance were constants: also the sums over the rank's rows that what depends on them needs.
-        g_x, g_weight, g_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, scale, mean, var, None, None, False, ctx.eps, [True] * 3
+        # The sums over the rank's rows that all gradients need.
+        _, g_weight, g_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, scale, mean, var, None, None, False, ctx.eps, [False, True, True]
         )
         n, width = count(x) * x[0, 0].numel(), (var + ctx.eps).rsqrt()
         along, level = total(torch.stack([g_weight, g_bias])) / n
         curve = -scale * width.square() * along
         offset = -scale * width * level - curve * mean
-        offset, curve = (v.to(x.dtype).view(1, -1, 1, 1) for v in (offset, curve))
-        g_x += torch.addcmul(offset, x, curve)
+        offset, curve, steep = (v.to(x.dtype).view(1, -1, 1, 1) for v in (offset, curve, scale * width))
+        g_x = torch.addcmul(torch.addcmul(offset, x, curve), gradient, steep)
         return g_x, *((None, None) if weight is None else (g_weight, g_bias)), None

@@ -401,10 +401,10 @@ def test_a_search_goes_on(monkeypatch, tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         bench_rates.main(args)
     bench_rates.main(args)
-    assert [round(rate, 6) for rate in rates] == [0.01, 0.003, 0.001, 0.001, 0.0003]
+    assert [round(rate, 6) for rate in rates] == [0.03, 0.01, 0.003, 0.003, 0.001]
     text = (tmp_path / "rates.csv").read_text().splitlines()
     assert (
-        text[:3] == ["track,method,rate,agreement", "mnist,fast,0.01,0.00", "mnist,fast,0.003,50.00"] and len(text) == 5
+        text[:3] == ["track,method,rate,agreement", "mnist,fast,0.03,0.00", "mnist,fast,0.01,0.00"] and len(text) == 5
     )
     with pytest.raises(UsageError, match="no real to search for"):
         bench_rates.main(bench_rates.parse_args(["--method", "real"]))

@@ -202,18 +202,13 @@ class _Whole(torch.autograd.Function):
         return gradient[RANK::SIZE]
 
 
-def pool_statistics(statistics: list) -> list:
-    """The whole batch's (mean, biased variance), each (C,), from each layer's of the rank's share; None stays None."""
-    found = [pair for pair in statistics if pair]
-    if SIZE == 1 or not found:
+def pool_statistics(statistics: Tensor) -> Tensor:
+    """The whole batch's means and biased variances, one half each (2 D,), from those of the rank's share."""
+    if SIZE == 1:
         return statistics
-    sizes = [len(mean) for mean, _ in found]
-    shares = whole(torch.cat([part for kind in zip(*found, strict=True) for part in kind])[None])  # in one message
-    means, variances = shares.chunk(2, dim=1)
+    means, variances = whole(statistics[None]).chunk(2, dim=1)
     mean = means.mean(0)
-    var = variances.mean(0) + (means - mean).square().mean(0)
-    pooled = zip(mean.split(sizes), var.split(sizes), strict=True)
-    return [pair and next(pooled) for pair in statistics]
+    return torch.cat([mean, variances.mean(0) + (means - mean).square().mean(0)])
 
 
 def join(network: nn.Module) -> None:
@@ -287,7 +282,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
-        ((mean, var),) = pool_statistics([channel_statistics(x)])
+        mean, var = pool_statistics(torch.cat(channel_statistics(x))).chunk(2)
         ctx.save_for_backward(x, weight, mean, var)
         ctx.mark_non_differentiable(mean, var)
         ctx.eps = eps

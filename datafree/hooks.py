@@ -30,30 +30,41 @@ class BatchNormHooks:
     def __init__(self, model: nn.Module, momentum: float = 0.0):
         layers = (m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
         self.layers = [m for m in layers if m.running_mean is not None]
-        self.momentum, self.buffers, self.statistics, self.means = momentum, [], [], []
+        self.momentum, self.pairs, self.means, self.buffers = momentum, [], [], None
+        self.statistics: Tensor | None = None  # all layers' means, then all their variances, side by side
+        # Which of the vectors, whose norms are summed, an element of them belongs to.
+        self.vector = torch.repeat_interleave(torch.tensor(2 * [m.num_features for m in self.layers], dtype=torch.long))
 
     @contextmanager
     def record(self, statistics: bool = True, layers: Sequence[nn.Module] = ()) -> Iterator[None]:
         """Record, while the block lasts, the BatchNorm statistics, and what `features` shows of these layers."""
         with ExitStack() as handles:
-            self.statistics = _watch(self.layers if statistics else (), _Statistics.apply, handles)
+            self.pairs = _watch(self.layers if statistics else (), _Statistics.apply, handles)
             self.means = _watch(layers, lambda x: at_least_float32(x).mean((2, 3)), handles)
             yield
-        self.statistics = distributed.pool_statistics(self.statistics)
+        if self.pairs:
+            # A layer that did not run, as an auxiliary head's in eval mode, sees what it expects.
+            pairs = [pair or own for pair, own in zip(self.pairs, self._expected(), strict=True)]
+            self.statistics = distributed.pool_statistics(_side_by_side(pairs))
+            self.pairs = []
 
-    def loss(self) -> Tensor:
+    def _expected(self) -> list[tuple[Tensor, Tensor]]:
+        return [(layer.running_mean, layer.running_var) for layer in self.layers]
+
+    def loss(self) -> Tensor | int:
         """L_bn (DeepInversion): sum over layers of |mean' - mean| + |var' - var|.
 
         Norms are Euclidean over channels, the primes mark the layer's running statistics. Mean and
         biased variance are the last batch's, or with momentum r and buffers r old + (1 - r) new.
-        A layer that did not run, as an auxiliary head's in eval mode, is left out.
+        All layers' are computed at once: hundreds of small kernels would take a GPU longer than the network's.
         """
-        total, mixed = 0, self._mixed() if self.buffers else self.statistics
-        for layer, pair in zip(self.layers, mixed, strict=True):
-            if pair:
-                total = total + (layer.running_mean - pair[0]).norm() + (layer.running_var - pair[1]).norm()
-        self.statistics = [pair and [s.detach() for s in pair] for pair in self.statistics]
-        return total
+        if self.statistics is None:
+            return 0
+        gaps = _side_by_side(self._expected()) - self._mixed()
+        self.vector = self.vector.to(gaps.device)
+        squares = gaps.new_zeros(2 * len(self.layers)).index_add(0, self.vector, gaps.square())
+        self.statistics = self.statistics.detach()
+        return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt().sum()  # of 0 the root has no gradient
 
     @torch.no_grad()
     def update(self) -> None:
@@ -61,10 +72,9 @@ class BatchNormHooks:
         if self.momentum:
             self.buffers = self._mixed()
 
-    def _mixed(self) -> list[list[Tensor]]:
+    def _mixed(self) -> Tensor:
         """The running average of the layers' statistics, as it is with the last batch's."""
-        both = zip(self.statistics, self.buffers or self.statistics, strict=True)
-        return [new and [torch.lerp(*pair, self.momentum) for pair in zip(new, old, strict=True)] for new, old in both]
+        return self.statistics if self.buffers is None else torch.lerp(self.statistics, self.buffers, self.momentum)
 
     def features(self) -> Tensor:
         """The spatial means of what entered the recorded `layers`, side by side: (N, sum of channels)."""
@@ -72,14 +82,18 @@ class BatchNormHooks:
         return distributed.whole(torch.cat([mean for mean in means if mean is not None], dim=1))
 
     def state_dict(self) -> dict[str, list]:
-        return {"buffers": self.buffers}
+        return {"buffers": [] if self.buffers is None else [self.buffers]}
 
     def load_state_dict(self, state: dict[str, list]) -> None:
-        buffers, sizes = state["buffers"], [[m.running_mean.shape] * 2 for m in self.layers]
-        found = [[value.shape for value in pair] if pair else size for pair, size in zip(buffers, sizes, strict=False)]
-        if buffers and (len(buffers) != len(sizes) or found != sizes):
+        (buffers,) = state["buffers"] or [None]
+        if buffers is not None and buffers.shape != self.vector.shape:
             raise ValueError("statistics of other BatchNorm layers")
         self.buffers = buffers
+
+
+def _side_by_side(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Pairs of (mean, variance), each (C,): all means, then all variances."""
+    return torch.cat([part for kind in zip(*pairs, strict=True) for part in kind])
 
 
 def _watch(layers: Sequence[nn.Module], function: Callable[[Tensor], object], handles: ExitStack) -> list:

@@ -86,7 +86,7 @@ SMALL = {
     # At the published weight of L_adv a student of 16,000 parameters falls behind its images.
     "digits": GREY | dict(n_epochs=120, ep_steps=40, batch_size=128, synthesis_batch_size=128, adv=0.3),
     "mnist": GREY,
-    "digits, nayer": dict(n_epochs=100, g_steps=5, g_loops=1, gwp_loops=2, nz=256, ngf=32),
+    "digits, nayer": dict(n_epochs=100, g_steps=5, g_loops=1, gwp_loops=2, nz=256, ngf=32, label_embedding="teacher"),
     "mnist, nayer": dict(g_steps=10, g_loops=1, gwp_loops=4, nz=256),
     "imagenet": dict(batch_size=100, synthesis_batch_size=100),
     "folder": {},
@@ -110,7 +110,8 @@ def preset_for(args: argparse.Namespace) -> dict:
     recipe = dict(method.recipe) | method.adjust(args.dataset, args.teacher or pair[0], args.g_steps)
     small = preset_of(args.dataset, SMALL) | SMALL.get(f"{args.dataset}, {args.method}", {})
     small = {k: v for k, v in small.items() if k in recipe}
-    recipe |= {k: min(v, recipe[k]) if k != "warmup" else v * bool(recipe[k]) for k, v in small.items()}
+    for k, v in small.items():
+        recipe[k] = v if isinstance(v, str) else v * bool(recipe[k]) if k == "warmup" else min(v, recipe[k])
     recipe["kd_steps"] = min(recipe["kd_steps"], args.ep_steps or recipe["ep_steps"])
     if args.n_epochs and args.n_epochs < recipe["n_epochs"]:
         recipe["warmup"] = recipe["warmup"] * args.n_epochs // recipe["n_epochs"]

@@ -337,7 +337,8 @@ BENCHMARK_TOP = """# DFD-10: what each method reaches in the same few steps
 Written by `python compare.py --benchmark` from the records in this folder; [the protocol](../../benchmarks/README.md)
 says what is fixed. In percent of the test images, ± the standard deviation over n seeds; "last tenth" is the mean ± the
 standard deviation over the last tenth of the epochs, of all seeds. "Agrees" is how often the student says what the
-teacher says of test images. Seconds are those of synthesis, and of all the rest.
+teacher says of test images. Seconds are those of synthesis, and of all the rest; they, the memory and the hardware are
+of the runs like the first seed's. On the H200 up to nine other runs were on the same GPU: its seconds say little.
 """
 BENCHMARK = {
     "method": "method", "last": "last", "last tenth": "tenth", "best": "best", "s.e.": "standard_error", "n": "n",
@@ -351,8 +352,10 @@ def benchmark_row(cell: papers.Cell, runs: Sequence[dict], metrics: Sequence[Pat
     """What the table says of a method: of its runs, and of their metrics.csv."""
     row, tenth = dict(method=cell.row["method"], n=len(runs), hardware=runs[0]["hardware"]), []
     same = dict.fromkeys(("last", "best", "standard_error", "agreement", "seconds", "peak_memory"))
+    alike = [r for r in runs if r["hardware"] == row["hardware"]]
     for name, key in (same | dict(synthesis="synthesis_seconds", images="generated_images")).items():
-        row[name], row[f"{name}_std"] = mean_std(r[key or name] for r in runs if r.get(key or name) is not None)
+        of = alike if name in ("seconds", "peak_memory", "synthesis") else runs
+        row[name], row[f"{name}_std"] = mean_std(r[key or name] for r in of if r.get(key or name) is not None)
     for path in metrics:
         with path.open(newline="") as file:
             scores = [float(line["accuracy"]) for line in csv.DictReader(file)]
@@ -367,7 +370,7 @@ def benchmark(folder: Path) -> list[dict]:
     for track, (teacher, student, _) in papers.TRACKS.items():
         found, files, missing = [], {}, []
         for cell in (c for c in papers.benchmark() if c.dataset == track):
-            runs = papers.runs_of(cell, records).get("", ())
+            runs = sorted(papers.runs_of(cell, records).get("", ()), key=itemgetter("seed"))
             paths = [(folder / r["file"]).with_suffix(".metrics.csv") for r in runs]
             if lost := [path for path in paths if not path.is_file()]:
                 raise UsageError(f"{lost[0]} is missing: copy the run's metrics.csv there")

@@ -68,9 +68,26 @@ def begin(args: Namespace) -> None:
             text = f"--{flag} {n} cannot be divided among {SIZE} processes"
             raise UsageError(f"{text}: choose a multiple, or another --nproc_per_node")
     args.resume = args.resume or RESTARTS > 0
+    if args.resume and not args.evaluate_only:
+        _bring_home(Path(args.out) / args.run_name)
     if RANK and not args.evaluate_only:
         args.out = tempfile.mkdtemp(prefix="datafree-")
         atexit.register(shutil.rmtree, args.out, ignore_errors=True)
+
+
+def _bring_home(folder: Path) -> None:
+    """Copy a run to rank 0's machine if another's has it from later: there rank 0 was before, with its own folder."""
+    last = folder / "last.pt"
+    saved = gather([last.stat().st_mtime if last.is_file() else 0.0])
+    newest = max(range(len(saved)), key=saved.__getitem__)
+    if saved[newest] == saved[0]:
+        return
+    files = [file for file in folder.rglob("*") if file.is_file()] if newest == RANK else ()
+    content = [{file.relative_to(folder).as_posix(): file.read_bytes() for file in files}]
+    dist.broadcast_object_list(content, src=newest)
+    for name, data in content[0].items() if RANK == 0 else ():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
 
 
 def _end() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -158,6 +159,25 @@ def main(args):
 
 cli(main, lambda: None)
 """
+
+
+def test_a_run_follows_rank_0_to_another_machine(tmp_path):
+    """Two machines with run folders of their own; the second start counts them the other way round."""
+    for first in (0, 1):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        there = ["--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port]
+        machines = []
+        for machine in (0, 1):
+            launch = [sys.executable, "-m", "torch.distributed.run", *there, "--node_rank", machine ^ first]
+            command = [*launch, *dafl(tmp_path / str(machine), "--n_epochs", 2, "--resume")]
+            machines.append(subprocess.Popen(map(str, command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        said = [machine.communicate()[0].decode() for machine in machines]
+        assert not any(machine.returncode for machine in machines), said
+    assert "is finished: last" in said[1]
+    contents = [{p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*.pt")} for n in "01"]
+    assert contents[0] == contents[1] and len(contents[0]) == 2
 
 
 def test_an_error_of_one_rank_ends_all_in_its_line(tmp_path):

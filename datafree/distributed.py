@@ -85,9 +85,12 @@ def _bring_home(folder: Path) -> None:
     files = [file for file in folder.rglob("*") if file.is_file()] if newest == RANK else ()
     content = [{file.relative_to(folder).as_posix(): file.read_bytes() for file in files}]
     dist.broadcast_object_list(content, src=newest)
-    for name, data in content[0].items() if RANK == 0 else ():
+    # The checkpoint last, and at once: where it is, all else is.
+    for name in sorted(content[0], key=lambda name: name == last.name) if RANK == 0 else ():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
+        part = folder / f"{name}.{os.getpid()}.tmp"
+        part.write_bytes(content[0][name])
+        part.replace(folder / name)
 
 
 def _end() -> None:

@@ -38,6 +38,17 @@ def no_curves(monkeypatch):
 
 
 @pytest.fixture
+def in_double(monkeypatch):
+    """Scripts compute in float64: in float32 gradients differ by 1e-5, and a generator's Adam makes more of it."""
+    import torch
+
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def refused(capsys):
     """Run a script's command line; check that it ends in one line and code 2, and return it."""
     from datafree.cli import cli

@@ -23,15 +23,6 @@ CASES = {
 GPU = torch.cuda.is_available()
 
 
-@pytest.fixture
-def in_double(monkeypatch):
-    """In float32 a first step's gradients already differ by 1e-5, and a generator's Adam makes more of it."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 # Half a minute each on a CPU: there the one that compiles a generator, a folded teacher and a student.
 @pytest.mark.parametrize("case", CASES if GPU else ["dfad"])
 @pytest.mark.skipif(not GPU and not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")

@@ -33,14 +33,6 @@ class HostRandom(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-@pytest.fixture
-def in_double(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def assert_close(a, b, path=""):
     """Numbers in nested dictionaries and lists, to 1e-6 of the largest of their tensor."""
     if isinstance(a, dict):

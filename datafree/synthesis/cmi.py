@@ -1,5 +1,6 @@
 """CMI, Contrastive Model Inversion (Fang et al., IJCAI 2021): new images differ from old ones."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -59,10 +60,11 @@ class CMI(Synthesizer):
 
     def set_apart(self) -> Tensor:
         cr, self.cr = self.cr, 0.0  # neither the head nor the bank learns of it
-        try:
-            return super().set_apart()
-        finally:
-            self.cr = cr
+        state = copy.deepcopy(self.generator.state_dict())
+        made = super().set_apart()
+        self.generator.load_state_dict(state)
+        self.cr = cr
+        return made
 
     def invert(self, z: Tensor, targets: Tensor, adversarial: bool, tick: Tick) -> Losses:
         """One round from latents z (N, nz), optimised in place, towards classes targets (N,)."""

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-import torch.distributed as dist
-
+from datafree import distributed
 from datafree.runtime import Runtime
 
 
@@ -29,8 +28,8 @@ class Group:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         for rank in range(size):
-            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1",
-                     "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "bench"}  # fmt: skip
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "bench"}  # fmt: skip
             environment = {"OMP_NUM_THREADS": threads} | ({} if apart else ranks)
             before = dict(os.environ)
             os.environ.update({k: str(v) for k, v in environment.items()})
@@ -50,19 +49,19 @@ class Group:
 
 def bytes_of(step: Callable[[], object]) -> int:
     """In a process: the bytes that a step gives to collectives."""
-    sent, gather, reduce = 0, dist.all_gather, dist.all_reduce
+    sent, gather, total = 0, distributed._gather, distributed.total
 
-    def counted(collective, tensor_at):
-        def call(*arguments, **options):
+    def counted(collective):
+        def call(x):
             nonlocal sent
-            sent += arguments[tensor_at].nbytes
-            return collective(*arguments, **options)
+            sent += x.nbytes
+            return collective(x)
 
         return call
 
-    dist.all_gather, dist.all_reduce = counted(gather, 1), counted(reduce, 0)
+    distributed._gather, distributed.total = counted(gather), counted(total)
     step()
-    dist.all_gather, dist.all_reduce = gather, reduce
+    distributed._gather, distributed.total = gather, total
     return sent
 
 

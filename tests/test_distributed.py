@@ -1,6 +1,7 @@
 """Several processes compute what one does, and end together."""
 
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -178,6 +179,45 @@ def test_a_run_follows_rank_0_to_another_machine(tmp_path):
     assert "is finished: last" in said[1]
     contents = [{p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*.pt")} for n in "01"]
     assert contents[0] == contents[1] and len(contents[0]) == 2
+
+
+BOTH_WAYS = """
+import sys
+sys.path.insert(0, {root!r})
+import random
+import time
+
+import torch
+from datafree import distributed
+
+distributed.meet()
+board = distributed._board
+shapes = (), (1,), (3, 5), (7, 2, 4, 4), (board.ROOM // 8,), (board.ROOM // 8 + 1,)
+for turn in range(120):
+    torch.manual_seed(turn)
+    shape = shapes[turn % 6] if turn < 60 else shapes[turn % 4]
+    every = (torch.randn(distributed.SIZE, *shape, dtype=torch.float64) * 100).to((
+        torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32)[turn % 5])
+    mine = every[distributed.RANK]
+    mine = mine.to(memory_format=torch.channels_last) if mine.ndim == 4 else mine
+    if turn % 7 == distributed.RANK:
+        time.sleep(random.random() / 100)
+    for distributed._board in (board, None):
+        assert torch.equal(distributed._gather(mine), every), (turn, shape)
+        summed = distributed.total(mine.clone())
+        assert torch.allclose(summed.double(), every.double().sum(0), rtol=2e-2, atol=1), (turn, shape)
+        assert summed.dtype == every.dtype
+assert board.turn > 200
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="memory is shared there only")
+def test_shared_memory_says_what_messages_say(tmp_path):
+    """Also where a rank is late, and where a tensor is too large for it."""
+    script = tmp_path / "script.py"
+    script.write_text(BOTH_WAYS.format(root=str(HERE.parent)))
+    end = run(torchrun(3, script), timeout=100)
+    assert not end.returncode, end.stderr
 
 
 def test_an_error_of_one_rank_ends_all_in_its_line(tmp_path):

@@ -95,7 +95,8 @@ ALIASES = {"n_epochs": "--epochs", "nz": "--latent_dim"}
 # The flags that every training script has: names, help, and what else argparse is told.
 DEVICE = (
     ("--seed", "(default: 0)", dict(type=number(int, 0, 2**63 - 1), default=0)),
-    ("--device", "auto takes a GPU if there is one (default: auto)",
+    ("--device", "auto takes a GPU if there is one; several: start the script by torchrun; on a CPU one process with "
+     "its threads is as fast (default: auto)",
      dict(choices=("auto", "cpu", "cuda"), default="auto")),
     ("--gpu", "the same as --device cuda on GPU number N", dict(type=number(int, 0), metavar="N")),
     ("--precision", "auto takes bfloat16 autocast where the hardware has it; fp32 is float32 throughout, without TF32 "

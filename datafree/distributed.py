@@ -203,7 +203,7 @@ def _shared_file() -> str | None:
     try:
         os.posix_fallocate(descriptor, 0, _Board.BYTES)
     except OSError:
-        os.unlink(name)
+        Path(name).unlink()
         return None
     finally:
         os.close(descriptor)
@@ -225,7 +225,7 @@ class _Board:
         memory = torch.from_file(file, shared=True, size=self.BYTES, dtype=torch.uint8)
         dist.barrier()
         if RANK == 0:
-            os.unlink(file)
+            Path(file).unlink()
         turns, pages = memory.split((SIZE * 64, 2 * SIZE * self.ROOM))
         self.turns = turns.view(torch.int64).view(SIZE, 8)[:, 0].numpy()  # a line of the cache each
         self.pages, self.turn = pages.view(2, SIZE, self.ROOM), 0

@@ -1,10 +1,11 @@
 """Ours by several processes and by one, in turn in one run: what `bench.py --ranks 1 2` does.
 
 For each N of --ranks, N processes with one thread each, as torchrun starts them, share the batch (on GPUs: one each).
-Beside them, on a CPU: the limit, N processes that know nothing of each other, each with the whole batch, which shows
-what the machine's cores, caches and memory leave of N times the speed; and one process with N threads. Efficiency is
-the speed of N ranks over N times that of one with one thread. Bytes are those of the tensors that the collectives of a
-step are given by one rank.
+Beside them, on a CPU: the limits, N processes that know nothing of each other, each with the whole batch, which shows
+what the machine's cores, caches and memory leave of N times the speed, and each with a rank's share of it, which shows
+what is left as weights and their updates are whole; and one process with N threads. Efficiency is the speed of N ranks
+over N times that of one with one thread. Bytes are those of the tensors that the collectives of a step are given by
+one rank.
 """
 
 import os
@@ -75,21 +76,26 @@ def compare(
     """
     cpu, batch, figures = runtime.device.type == "cpu", args.batch_size, {}
     for n in args.ranks:
-        groups = {"1 rank": Group(1, 1, apart=True)}
+        groups, shared = {"1 rank": Group(1, 1, apart=True)}, f"{n} apart, shares"
         if n > 1:
             groups[f"{n} ranks"] = Group(n, 1)
         if n > 1 and cpu:
-            groups |= {f"{n} apart": Group(n, 1, apart=True), f"{n} threads": Group(1, n, apart=True)}
-        for group in groups.values():
-            group.ask(start, "ours", args)
+            groups |= {name: Group(n, 1, apart=True) for name in (f"{n} apart", shared)}
+            groups[f"{n} threads"] = Group(1, n, apart=True)
+        own = {name: Namespace(**vars(args)) for name in groups}
+        if shared in own:
+            own[shared].batch_size = batch // n
+        for name, group in groups.items():
+            group.ask(start, "ours", own[name])
         for label in labels:
             rates = {name: [] for name in groups}
             for _ in range(args.repeats + 1):
                 for name, group in groups.items():
                     seconds = group.ask(measure, "seconds", label, 1 if "round" in label else args.steps)
-                    rates[name].append(sum(batch / s for s in seconds) if group.apart else batch / max(seconds))
+                    done = own[name].batch_size
+                    rates[name].append(sum(done / s for s in seconds) if group.apart else done / max(seconds))
             rate = {name: statistics.median(values[1:]) for name, values in rates.items()}  # the first does not count
-            shown = {k: v / rate["1 rank"] / n for k, v in rate.items() if k in (f"{n} ranks", f"{n} apart")}
+            shown = {k: v / rate["1 rank"] / n for k, v in rate.items() if k in (f"{n} ranks", f"{n} apart", shared)}
             sent = groups[f"{n} ranks"].ask(measure, "bytes", label)[0] if n > 1 else 0
             print(
                 f"{args.setting}, {label}, batch {batch}, {runtime.precision}: "

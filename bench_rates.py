@@ -5,8 +5,9 @@
 
 A quarter of a row's run, with seed 100, is made with {factors} times the row's own rate and --dataset none. The rate
 whose student agrees most often with the teacher on images that were made as the run's are and that it has not seen is
-the best; a run that becomes infinite agrees never. What came out goes to benchmarks/rates.csv; the best rates are
-entered into dfd10.csv by hand. Rows that learn from images (noise, real, wild) keep theirs: there is none to try it on.
+the best; a run that becomes infinite agrees never. What came out goes to benchmarks/rates.csv; a row whose rates are
+all there, and whose own is not the best, gets a second one, NAME-searched. Rows that learn from images (noise, real,
+wild) keep theirs: there is none to try it on.
 """
 
 import datafree.interrupt  # noqa: F401
@@ -26,14 +27,12 @@ from datafree.errors import UsageError
 from datafree.tables import as_csv
 from datafree.teachers import SHIPPED, teacher_file
 
-FACTORS = (3.0, 1.0, 0.3, 0.1)
 SEED, SHARE = 100, 4  # of the run's epochs a quarter
-LOG = papers.BENCHMARK.with_name("rates.csv")
 COLUMNS = ("track", "method", "rate", "agreement")
 
 
 def parse_args(argv: Sequence | None = None) -> Namespace:
-    p = Parser(__file__, __doc__.format(factors=", ".join(f"{f:g}" for f in FACTORS)))
+    p = Parser(__file__, __doc__.format(factors=", ".join(f"{f:g}" for f in papers.FACTORS)))
     p.add(
         ("--track", "(default: %(default)s)", dict(choices=papers.TRACKS, default="mnist")),
         ("--method", "of dfd10.csv (default: all of the track)", dict(nargs="*", metavar="NAME")),
@@ -43,11 +42,6 @@ def parse_args(argv: Sequence | None = None) -> Namespace:
     return p.parse_args(argv)
 
 
-def rate_flag(args: Namespace) -> str:
-    """The name of the student's learning rate."""
-    return "lr" if "lr" in args else "lr_S"
-
-
 def without_data(cell: papers.Cell, factor: float) -> list[str]:
     """The flags of a short run of a cell without images, with so many times its learning rate."""
     module = importlib.import_module(cell.script.removesuffix(".py"))
@@ -55,7 +49,8 @@ def without_data(cell: papers.Cell, factor: float) -> list[str]:
     file = teacher_file(SHIPPED, cell.dataset, cell.teacher, own.teacher_recipe)
     flags = ["--dataset", "none", "--teacher", cell.teacher, "--student", cell.student, "--teacher_ckpt", str(file)]
     flags += ["--method", own.method] if "method" in own else []
-    settings = vars(own) | {rate_flag(own): factor * getattr(own, rate_flag(own)), "n_epochs": own.n_epochs // SHARE}
+    rate = papers.rate_of(own)
+    settings = vars(own) | {rate: factor * getattr(own, rate), "n_epochs": own.n_epochs // SHARE}
     settings |= {"warmup": own.warmup // SHARE} if cell.script == "datafree_kd.py" else {}
     plain = vars(module.parse_args(flags))
     left = {*FREE, "dataset", "teacher", "student", "teacher_ckpt", "teacher_recipe", "method", "seed"}
@@ -68,10 +63,10 @@ def tries(cells: Sequence[papers.Cell], done: set[tuple[str, str]], out: str, mo
     """Run what is not done; yields a line of rates.csv for each rate."""
     for cell in cells:
         method = cell.row["method"]
-        for factor in FACTORS:
+        for factor in papers.FACTORS:
             flags = [*without_data(cell, factor), "--out", out, "--resume", *more]
             args = papers.parse(cell.script, flags)
-            rate = f"{getattr(args, rate_flag(args)):g}"
+            rate = f"{getattr(args, papers.rate_of(args)):g}"
             if (method, rate) in done:
                 continue
             try:
@@ -86,18 +81,16 @@ def tries(cells: Sequence[papers.Cell], done: set[tuple[str, str]], out: str, mo
 
 def main(args: Namespace) -> None:
     """Search, and write each try as soon as it is known."""
-    cells = [
-        c for c in papers.benchmark() if c.dataset == args.track and c.row["method"] not in ("noise", "real", "wild")
-    ]
-    known = {c.row["method"]: c for c in cells}
+    rows = {c.row["method"]: c for c in papers.benchmark(searched=False) if c.dataset == args.track}
+    known = {method: cell for method, cell in rows.items() if method not in ("noise", "real", "wild")}
     if wrong := [m for m in args.method or () if m not in known]:
         raise UsageError(f"no {wrong[0]} to search for in {args.track}: choose from {', '.join(known)}")
-    lines = list(csv.DictReader(LOG.open(newline=""))) if LOG.exists() else []
+    lines = list(csv.DictReader(papers.RATES.open(newline=""))) if papers.RATES.exists() else []
     done = {(line["method"], line["rate"]) for line in lines if line["track"] == args.track}
     where = ["--device", args.device, *(["--gpu", str(args.gpu)] if args.gpu is not None else [])]
     for line in tries([known[m] for m in args.method or known], done, args.out, where):
         lines.append(line)
-        checkpoint.write(LOG, as_csv(COLUMNS, lines).encode())
+        checkpoint.write(papers.RATES, as_csv(COLUMNS, lines).encode())
         print("{track} {method}: rate {rate}, agreement {agreement}".format(**line), flush=True)
 
 

@@ -15,7 +15,7 @@ import shlex
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data import SEGMENTATIONS, SOURCES
@@ -25,6 +25,8 @@ from datafree.teachers import recipe_for
 
 ROOT = Path(__file__).resolve().parent
 TABLES, BENCHMARK = ROOT / "results" / "paper_tables.csv", ROOT / "benchmarks" / "dfd10.csv"
+# What bench_rates.py found, and how many times a row's own rate it tries.
+RATES, FACTORS = BENCHMARK.with_name("rates.csv"), (3.0, 1.0, 0.3, 0.1)
 # The benchmark's teachers, which ship, and students, in the tables' names.
 TRACKS = {"mnist": ("LeNet-5", "LeNet-5-HALF", "dafl-mnist"), "cifar10": ("WRN40-2", "WRN16-1", "fast")}
 PAPERS = {"DAFL": "dafl", "DFND": "dfnd", "DFAD": "dfad", "MMRazor DFAD": "mmrazor", "MMRazor DAFL": "mmrazor",
@@ -167,10 +169,20 @@ def cells() -> tuple[Cell, ...]:
     return tuple(found)
 
 
+def rate_of(args: Mapping | Namespace) -> str:
+    """The name of the student's learning rate among a script's flags."""
+    return "lr" if "lr" in args else "lr_S"
+
+
 @functools.cache
-def benchmark() -> tuple[Cell, ...]:
-    """The cells of the benchmark DFD-10, in the order of its file: dfd10-<track>-<method>."""
-    found = []
+def benchmark(searched: bool = True) -> tuple[Cell, ...]:
+    """The cells of the benchmark DFD-10, in the order of its file: dfd10-<track>-<method>.
+
+    searched: also dfd10-<track>-<method>-searched where the search has found a better rate than the method's own.
+    """
+    found, tried = [], {}
+    for line in csv.DictReader(RATES.read_text().splitlines()) if searched else ():
+        tried.setdefault(f"dfd10-{line['track']}-{line['method']}", {})[line["rate"]] = float(line["agreement"])
     with BENCHMARK.open(newline="") as file:
         for line in csv.DictReader(file):
             track, (teacher, student, recipe) = line["track"], TRACKS[line["track"]]
@@ -181,7 +193,20 @@ def benchmark() -> tuple[Cell, ...]:
             flags += tuple(shlex.split(line["flags"]))
             name = f"dfd10-{track}-{line['method']}"
             found.append(Cell(name, row, track, *names, line["script"], flags, exact=True))
+            found += _searched(found[-1], tried.get(name, {}))
     return tuple(found)
+
+
+def _searched(cell: Cell, tried: Mapping[str, float]) -> Iterable[Cell]:
+    """The cell at its best rate, of what the students at some rates agree with the teacher; none if that is its own."""
+    rates = {f"{factor * cell.args[rate_of(cell.args)]:g}": factor for factor in FACTORS} if tried else {}
+    best = (
+        max(rates, key=lambda rate: (tried[rate], rates[rate] == 1)) if rates and rates.keys() <= tried.keys() else ""
+    )
+    if rates.get(best, 1) != 1:
+        row = {**cell.row, "method": f"{cell.row['method']}-searched"}
+        flags = (*cell.flags, f"--{rate_of(cell.args)}", best)
+        yield replace(cell, name=f"{cell.name}-searched", row=row, flags=flags)
 
 
 def _cell(name: str, row: Mapping[str, str], paper: str) -> Cell:

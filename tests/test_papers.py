@@ -370,7 +370,7 @@ def test_runs_of_the_benchmark_have_all_its_flags():
     assert not any(papers.runs_of(c, [run]) for c in papers.cells() if c.script)
 
 
-RATED = [cell for cell in papers.benchmark() if cell.row["method"] not in ("noise", "real", "wild")]
+RATED = [cell for cell in papers.benchmark(searched=False) if cell.row["method"] not in ("noise", "real", "wild")]
 
 
 @pytest.mark.parametrize("cell", RATED, ids=lambda cell: cell.name)
@@ -385,7 +385,7 @@ def test_a_search_changes_nothing_but_rate_and_length(cell):
 
 def test_a_search_goes_on(monkeypatch, tmp_path, capsys):
     """Each rate is tried once; a run that becomes infinite agrees never."""
-    monkeypatch.setattr(bench_rates, "LOG", tmp_path / "rates.csv")
+    monkeypatch.setattr(papers, "RATES", tmp_path / "rates.csv")
     rates = []
 
     def main(args):
@@ -408,6 +408,21 @@ def test_a_search_goes_on(monkeypatch, tmp_path, capsys):
     )
     with pytest.raises(UsageError, match="no real to search for"):
         bench_rates.main(bench_rates.parse_args(["--method", "real"]))
+
+
+def test_a_better_rate_makes_a_row_of_its_own(monkeypatch, tmp_path):
+    lines = ["track,method,rate,agreement"]
+    lines += [f"mnist,fast,{rate},{score}" for rate, score in (("0.03", 1), ("0.01", 70), ("0.003", 71), ("0.001", 2))]
+    lines += [f"mnist,zskt,{rate},{score}" for rate, score in (("0.03", 1), ("0.01", 70), ("0.003", 70), ("0.001", 2))]
+    lines += [f"mnist,dfad,{rate},{score}" for rate, score in (("0.03", 1), ("0.01", 70), ("0.003", 71))]
+    (tmp_path / "rates.csv").write_text("\n".join(lines))
+    monkeypatch.setattr(papers, "RATES", tmp_path / "rates.csv")
+    own, cells = papers.benchmark(searched=False), papers.benchmark.__wrapped__()
+    found = [cell for cell in cells if cell not in own]
+    assert [cell.name for cell in found] == ["dfd10-mnist-fast-searched"]
+    assert found[0].row["method"] == "fast-searched" and found[0].args["lr"] == 0.003
+    before = cells[cells.index(found[0]) - 1]
+    assert before.name == "dfd10-mnist-fast" and found[0].flags == (*before.flags, "--lr", "0.003")
 
 
 def test_check(tmp_path, capsys):

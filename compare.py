@@ -22,6 +22,7 @@ import re
 import statistics
 import sys
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -338,7 +339,8 @@ Written by `python compare.py --benchmark` from the records in this folder; [the
 says what is fixed. In percent of the test images, ± the standard deviation over n seeds; "last tenth" is the mean ± the
 standard deviation over the last tenth of the epochs, of all seeds. "Agrees" is how often the student says what the
 teacher says of test images. Seconds are those of synthesis, and of all the rest; they, the memory and the hardware are
-of the runs like the first seed's. On the H200 up to nine other runs were on the same GPU: its seconds say little.
+of the runs like the first seed's. On the H200 up to nine other runs were on the same GPU, and some on the EPYC were
+stopped now and then while other things were timed: such seconds are upper bounds. A picture has one hardware's runs.
 """
 BENCHMARK = {
     "method": "method", "last": "last", "last tenth": "tenth", "best": "best", "s.e.": "standard_error", "n": "n",
@@ -368,7 +370,7 @@ def benchmark(folder: Path) -> list[dict]:
     """Write the benchmark's README.md, and a picture of each track, to the folder of its records; returns the rows."""
     records, text, rows = read_records(folder), [BENCHMARK_TOP], []
     for track, (teacher, student, _) in papers.TRACKS.items():
-        found, files, missing = [], {}, []
+        found, files, missing = [], defaultdict(dict), []
         for cell in (c for c in papers.benchmark() if c.dataset == track):
             runs = sorted(papers.runs_of(cell, records).get("", ()), key=itemgetter("seed"))
             paths = [(folder / r["file"]).with_suffix(".metrics.csv") for r in runs]
@@ -376,14 +378,17 @@ def benchmark(folder: Path) -> list[dict]:
                 raise UsageError(f"{lost[0]} is missing: copy the run's metrics.csv there")
             if runs:
                 found.append(benchmark_row(cell, runs, paths))
-                files[cell.row["method"]] = paths[0]
+                for run, path in reversed(list(zip(runs, paths, strict=True))):
+                    files[run["hardware"]][cell.row["method"]] = path
             else:
                 missing.append(cell.row["method"])
         found.sort(key=itemgetter("last"), reverse=True)
         text.append(f"## {track}: {teacher} to {student}\n")
         if found:
-            plot_accuracy(folder / f"{track}.png", {row["method"]: files[row["method"]] for row in found})
-            text.append(f"{as_markdown(BENCHMARK, found)}\n![Accuracy over seconds]({track}.png)\n")
+            hardware, drawn = max(files.items(), key=lambda item: len(item[1]))
+            names = [row["method"] for row in found if row["method"] in drawn]
+            plot_accuracy(folder / f"{track}.png", {name: drawn[name] for name in names})
+            text.append(f"{as_markdown(BENCHMARK, found)}\n![Accuracy over seconds on {hardware}]({track}.png)\n")
         text += [f"Not run yet: {', '.join(missing)}.\n"] if missing else []
         rows += found
     (folder / "README.md").write_text("\n".join(text))

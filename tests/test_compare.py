@@ -73,7 +73,7 @@ def test_verdicts(folder):
     assert kinds == {tuple(c.row[k] for k in ("source", "method", "dataset")) for c in CELLS.values()}
 
 
-def test_benchmark(tmp_path, capsys):
+def test_benchmark(tmp_path, capsys, monkeypatch):
     """Its rows stand in the order of their last scores; the last tenth is of all seeds' metrics.csv."""
     folder = tmp_path / "dfd10"
     folder.mkdir()
@@ -85,7 +85,15 @@ def test_benchmark(tmp_path, capsys):
         (folder / f"{name}-{seed}.json").write_text(json.dumps(run))
         scores = "".join(f"{i},{last + i % 2}\n" for i in range(20))
         (folder / f"{name}-{seed}.metrics.csv").write_text("seconds,accuracy\n" + scores)
+    # A picture has the runs of the hardware that most methods ran on.
+    run = json.loads((folder / "mnist-fast-0.json").read_text())
+    (folder / "mnist-fast-0.json").write_text(json.dumps(run | dict(hardware="another one")))
+    drawn, plot = {}, compare.plot_accuracy
+    monkeypatch.setattr(compare, "plot_accuracy", lambda path, runs: (drawn.update(runs), plot(path, runs)))
     rows = compare.main(compare.parse_args(["--benchmark", "--results", str(tmp_path)]))
+    assert {name: path.name for name, path in drawn.items()} == {
+        "dafl": "mnist-dafl-0.metrics.csv", "fast": "mnist-fast-1.metrics.csv"
+    }  # fmt: skip
     assert [(r["method"], r["n"], r["last"], r["agreement"]) for r in rows] == [
         ("dafl", 1, 95, 96),
         ("fast", 2, 91, 92),

@@ -199,14 +199,15 @@ def benchmark(searched: bool = True) -> tuple[Cell, ...]:
 
 def _searched(cell: Cell, tried: Mapping[str, float]) -> Iterable[Cell]:
     """The cell at its best rate, of what the students at some rates agree with the teacher; none if that is its own."""
-    rates = {f"{factor * cell.args[rate_of(cell.args)]:g}": factor for factor in FACTORS} if tried else {}
-    best = (
-        max(rates, key=lambda rate: (tried[rate], rates[rate] == 1)) if rates and rates.keys() <= tried.keys() else ""
-    )
-    if rates.get(best, 1) != 1:
-        row = {**cell.row, "method": f"{cell.row['method']}-searched"}
-        flags = (*cell.flags, f"--{rate_of(cell.args)}", best)
-        yield replace(cell, name=f"{cell.name}-searched", row=row, flags=flags)
+    if not tried:
+        return
+    flag = rate_of(cell.args)
+    rates = {f"{factor * cell.args[flag]:g}": factor for factor in FACTORS}
+    if rates.keys() <= tried.keys():
+        best = max(rates, key=lambda rate: (tried[rate], rates[rate] == 1))
+        if rates[best] != 1:
+            row = {**cell.row, "method": f"{cell.row['method']}-searched"}
+            yield replace(cell, name=f"{cell.name}-searched", row=row, flags=(*cell.flags, f"--{flag}", best))
 
 
 def _cell(name: str, row: Mapping[str, str], paper: str) -> Cell:

@@ -358,8 +358,9 @@ def main(args: Namespace) -> dict[str, object]:
     """Measure and print; returns the figures."""
     runtime = setup(args)
     if args.ranks:
-        figures = bench_ranks.compare(args, runtime, SETTINGS[args.setting].steps, start_process, measure)
-        return finish(args, runtime, setting=args.setting, batch_size=args.batch_size, ranks=figures)
+        for figures in bench_ranks.compare(args, runtime, SETTINGS[args.setting].steps, start_process, measure):
+            done = finish(args, runtime, setting=args.setting, batch_size=args.batch_size, ranks=figures)
+        return done
     process = {name: ProcessPoolExecutor(1, get_context("spawn"), start_process, (name, args)) for name in WAYS}
 
     def ask(*question: object) -> dict[str, float]:

@@ -12,7 +12,7 @@ import os
 import socket
 import statistics
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -68,8 +68,8 @@ def bytes_of(step: Callable[[], object]) -> int:
 
 def compare(
     args: Namespace, runtime: Runtime, labels: Iterable[str], start: Callable[..., None], measure: Callable[..., float]
-) -> dict[str, dict]:
-    """Measure and print; returns the figures.
+) -> Iterator[dict[str, dict]]:
+    """Measure and print; yields the figures so far after each label.
 
     Args:
         labels: of the steps. start, measure: bench.py's functions, which the processes call.
@@ -105,6 +105,6 @@ def compare(
                 flush=True,
             )
             figures[f"{label}, {n}"] = dict(images_per_second=rate, efficiency=shown, bytes_per_step=sent, rates=rates)
+            yield figures
         for group in groups.values():
             group.end()
-    return figures

@@ -97,6 +97,10 @@ class Way:
     size, classes, get_model = 32, 10, staticmethod(get_model)  # of images and networks
     step = Session.step
 
+    def answers(self, x: Tensor, _: None) -> Tensor:
+        """The teacher's logits, asked each time."""
+        return self.folded_teacher(x)
+
     def __init__(self, name: str, args: Namespace, runtime: Runtime, script: ModuleType, *flags: object):
         self.ours = name == "ours"
         if runtime.device.type == "cpu":
@@ -215,7 +219,7 @@ class TeacherWay(Way):
 
     def forever(self) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.ours:
-            for x in self.pool.sample(self.batch_size, self.device):
+            for x, _ in self.pool.sample(self.batch_size, self.device):
                 yield x, torch.randint(10, (len(x),), device=self.device)
         while True:
             yield from self.split.batches(self.batch_size, True, True, self.device, distributed.share)
@@ -249,7 +253,7 @@ class PngPool:
         options = dict(shuffle=True, num_workers=4, pin_memory=device.type == "cuda")
         while True:
             for x, _ in DataLoader(ImageFolder(self.temporary.name, self.transform), batch_size, **options):
-                yield x.to(device)
+                yield x.to(device), None
 
 
 class FastWay(Way):

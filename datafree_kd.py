@@ -70,6 +70,7 @@ from torch.optim import Optimizer
 import papers
 from data import SOURCES, get_images, preset_of
 from datafree import checkpoint, distributed
+from datafree.answers import Answers
 from datafree.cli import FEATURES, PICTURES, Parser, cli, describe_presets, number
 from datafree.errors import UsageError
 from datafree.hooks import BatchNormHooks, settle_features
@@ -78,7 +79,7 @@ from datafree.pool import ImagePool, read_raw
 from datafree.run import run_folder
 from datafree.runtime import Stopwatch, cosine_at, make_optimizer, set_lr
 from datafree.session import Session
-from datafree.synthesis import CMI, CRITERIA, FLAGS, METHODS, Fast, Synthesizer
+from datafree.synthesis import CMI, CRITERIA, FLAGS, METHODS, Fast, Sample, Synthesizer
 
 # LeNet-5 has no BatchNorm and diverges at the published learning rates.
 GREY = dict(n_epochs=80, warmup=4, ep_steps=100, lr=0.01)
@@ -204,13 +205,13 @@ def train_epoch(epoch: int, s: Session, synthesizer: Synthesizer, optimizer: Opt
     return total
 
 
-def distill(batches: Iterable[Tensor], s: Session, optimizer: Optimizer) -> Tensor | float:
-    """A student step on each batch of normalised images; returns the mean loss."""
+def distill(batches: Iterable[Sample], s: Session, optimizer: Optimizer) -> Tensor | float:
+    """A student step on each batch; returns the mean loss."""
     total, args = 0.0, s.args
-    for x in batches:
+    for x, numbers in batches:
         with s.runtime.autocast():
             with torch.no_grad():
-                t_logits = s.folded_teacher(x)  # the synthesizer's own shows what enters its BatchNorms
+                t_logits = s.answers(x, numbers)
             s_logits = s.student(x)
         total += s.step(CRITERIA[args.criterion](s_logits, t_logits, args.T), optimizer)
     return total / args.kd_steps
@@ -244,7 +245,7 @@ def main(args: argparse.Namespace) -> dict:
     optimizer = make_optimizer("sgd", s.student.parameters(), args.lr, args.weight_decay)
     timer = Stopwatch(s.runtime.device)
     states = dict(student=s.student, optimizer=optimizer, synthesizer=synthesizer, timer=timer)
-    start = s.start(**states, **({"pool": pool} if pool is not None else {}))
+    start = s.start(**states, **({} if pool is None else dict(pool=pool, answers=s.answers)))
     if inverted is not None and not start:
         synthesizer.start_from(inverted)
     if note:
@@ -255,6 +256,7 @@ def main(args: argparse.Namespace) -> dict:
     fresh = rounds * args.kd_steps * args.batch_size * (args.n_epochs - args.warmup)
     made, seconds = fresh if pool is None else len(pool), round(timer.seconds(), 1)
     result = s.finish(method=args.method, synthesis_seconds=seconds, generated_images=made)
+    (s.run.folder / "answers.bin").unlink(missing_ok=True)
     if args.export_images:
         s.run.log(f"images: {pool.export(args.export_images, args.save_dir or s.run.folder / 'images')}")
     return result
@@ -265,6 +267,14 @@ def make_synthesizer(s: Session, family: type[Synthesizer], generator: nn.Module
     args, pool, shape = s.args, None, (s.data.channels, s.data.img_size, s.data.img_size)
     if family.pooled:
         pool = ImagePool(shape, s.runtime.device, run_folder(args) / "pool.u8", args.pool_size, images)
+        # A GPU would have to wait for the host at each step, several processes say the whole batch's logits together,
+        # and what is compiled takes batches of one size.
+        alone = s.runtime.device.type == "cpu" and distributed.SIZE == 1 and not s.runtime.compiles
+        # The folded one: the synthesizer's own shows what enters its BatchNorms.
+        s.answers = Answers(
+            lambda x: s.folded_teacher(x), s.data.num_classes, run_folder(args) / "answers.bin",
+            images * s.transform.forms * alone,
+        )  # fmt: skip
     settings = {k: getattr(args, k) for k in family.settings}
     networks = s.teacher, s.student, generator, s.transform
     synthesizer = family(*networks, shape, s.data.num_classes, s.runtime, pool, **settings)

@@ -112,7 +112,8 @@ def main(args: Namespace) -> dict:
     synthesizer = make_synthesizer(s, FastLatents, generator, images)
     optimizer = make_optimizer("sgd", s.student.parameters(), args.lr, args.weight_decay)
     timer = Stopwatch(s.runtime.device)
-    start = s.start(student=s.student, optimizer=optimizer, synthesizer=synthesizer, timer=timer, pool=synthesizer.pool)
+    states = dict(student=s.student, optimizer=optimizer, synthesizer=synthesizer, timer=timer)
+    start = s.start(**states, pool=synthesizer.pool, answers=s.answers)
     done = 0 if start else synthesizer.rounds
     first, *others = [rounds * (args.g_steps + args.kd_steps)] * args.n_epochs
     epochs = s.epochs([first + args.phase1_rounds * args.g_steps, *others], args.batch_size, done=done * args.g_steps)

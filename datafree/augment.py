@@ -21,8 +21,12 @@ def random_crop(x: Tensor, padding: int) -> Tensor:
 
     Equal in distribution to torchvision's `RandomCrop((H, W), padding)`.
     """
-    top, left = share(torch.randint(2 * padding + 1, (2, count(x), 1), device=x.device), 1)
-    return _Crop.apply(x, top, left, padding)
+    return _Crop.apply(x, *random_places(x, padding), padding)
+
+
+def random_places(x: Tensor, padding: int) -> Tensor:
+    """Where `random_crop` cuts: top and left (2, N, 1)."""
+    return share(torch.randint(2 * padding + 1, (2, count(x), 1), device=x.device), 1)
 
 
 class _Crop(torch.autograd.Function):
@@ -47,8 +51,12 @@ class _Crop(torch.autograd.Function):
 
 def random_flip(x: Tensor) -> Tensor:
     """Mirror each image of x (N, C, H, W) left-right with probability 1/2."""
-    flip = share(torch.rand(count(x), 1, 1, 1, device=x.device)) < 0.5
-    return torch.where(flip, x.flip(-1), x)
+    return torch.where(random_sides(x), x.flip(-1), x)
+
+
+def random_sides(x: Tensor) -> Tensor:
+    """Which images `random_flip` mirrors, (N, 1, 1, 1)."""
+    return share(torch.rand(count(x), 1, 1, 1, device=x.device)) < 0.5
 
 
 def random_resized_crop(x: Tensor, area: float) -> Tensor:
@@ -110,11 +118,26 @@ class Transform:
 
     def augment(self, x: Tensor) -> Tensor:
         """The train transform's random crop and mirroring of images x (N, C, H, W)."""
+        return self.vary(x)[0]
+
+    @property
+    def forms(self) -> int:
+        """In how many forms `augment` may give an image, 0 if they are not counted."""
+        return 0 if self.area else (2 * self.padding + 1) ** 2 * (1 + self.flip)
+
+    def vary(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`augment`, and which of its `forms` each image got, (N,)."""
+        form = None if self.area else torch.zeros(len(x), dtype=torch.int64, device=x.device)
         if self.area:
             x = random_resized_crop(x, self.area)
         elif self.padding:
-            x = random_crop(x, self.padding)
-        return random_flip(x) if self.flip else x
+            top, left = random_places(x, self.padding)
+            x, form = _Crop.apply(x, top, left, self.padding), (top * (2 * self.padding + 1) + left)[:, 0]
+        if self.flip:
+            mirrored = random_sides(x)
+            x = torch.where(mirrored, x.flip(-1), x)
+            form = None if form is None else 2 * form + mirrored.flatten()
+        return x, form
 
     def normalize(self, x: Tensor) -> Tensor:
         """(x - mean) / std for float x (N, C, H, W) in 0..1."""

@@ -90,20 +90,22 @@ class ImagePool:
         near = self.near[min(start, self.n_near) : min(end, self.n_near)]
         return near, self.far[max(start - self.n_near, 0) : max(end - self.n_near, 0)]
 
-    def _take(self, rows: Tensor) -> Tensor:
-        """The images of these rows; with spilled ones, which are fetched and come last, rows are the host's."""
+    def _take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """These rows and their images; with spilled ones, which are fetched and come last, rows are the host's."""
         if not self.n_far:
-            return self.near[rows]
-        near, far = rows[rows < self.n_near], rows[rows >= self.n_near] - self.n_near
+            return rows, self.near[rows]
+        near, far = rows[rows < self.n_near], rows[rows >= self.n_near]
         fetched = self._empty(len(far), "cpu", pinned=self.device.type == "cuda")
-        torch.index_select(self.far, 0, far, out=fetched)
-        return torch.cat([self.near[near.to(self.device)], fetched.to(self.device, non_blocking=True)])
+        torch.index_select(self.far, 0, far - self.n_near, out=fetched)
+        images = torch.cat([self.near[near.to(self.device)], fetched.to(self.device, non_blocking=True)])
+        return torch.cat([near, far]), images
 
-    def batches(self, batch_size: int, n: int) -> Iterator[Tensor]:
-        """n batches, uint8 (batch_size, C, H, W), of random passes over the pool by the device's random numbers.
+    def batches(self, batch_size: int, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """n batches of random passes over the pool by the device's random numbers: rows, images.
 
-        A pass meets every image once; a rest smaller than a batch is left out, unless the whole pool is smaller. Of
-        several processes each gives its share of a batch, from its own images.
+        Rows (batch_size,) are this process's, images uint8 (batch_size, C, H, W). A pass meets every image once; a rest
+        smaller than a batch is left out, unless the whole pool is smaller. Of several processes each gives its share of
+        a batch, from its own images.
         """
         batch_size //= SIZE
         while n > 0:

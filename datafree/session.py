@@ -29,6 +29,7 @@ class Session:
         metadata, teacher_metadata: what checkpoints say of the two.
         unseen: () -> batches of normalised images that the student has not seen; for --dataset none; a
             generator's, unless a script knows better.
+        answers: (normalised images, what tells them apart or None) -> the teacher's logits.
 
     Args:
         args: of `cli.Parser.complete`. published: the papers' cells of this run, see `papers.published`.
@@ -44,6 +45,7 @@ class Session:
     ):  # fmt: skip
         self.args, self.segmentation, self.published = args, segmentation, list(published)
         self.unseen: Callable[[], Iterable[Tensor]] | None = None
+        self.answers: Callable[[Tensor, Tensor | None], Tensor] = lambda x, _: self.folded_teacher(x)
         distributed.begin(args)
         self.result = None if args.evaluate_only else distributed.from_first(lambda: finished(args))
         if self.result:

@@ -71,7 +71,8 @@ def test_ranks_end_with_the_weights_of_one_process(n, name, out):
         limit = 1e-9 * one[key].norm() + 1e-12 * largest[kind(key)]
         assert (one[key] - several[key]).norm() <= limit, key
     assert len(tested) > 10
-    assert all(one[k] == several[k] for k in one.keys() - set(tested) if "timer" not in k)
+    # One process remembers what the teacher said, several ask again.
+    assert all(one[k] == several[k] for k in one.keys() - set(tested) if "timer" not in k and "answers" not in k)
     rows = [checkpoint.read(path)["run"]["rows"][-1] for path in files]
     for key in rows[0].keys() - {"seconds", "synthesis_seconds"}:
         assert rows[1][key] == pytest.approx(rows[0][key], rel=1e-9, abs=1e-12)

@@ -140,7 +140,7 @@ def test_generative(method, as_published, tmp_path):
             continue
         check([family.generator.get_parameter(name)], values, rel=1e-6)
     family.generator.latents = lambda n, device: noise((n, 32), 2)
-    (sample,) = family.sample(1, 8)
+    ((sample, _),) = family.sample(1, 8)
     check([sample], expected["sample_after_step_latent_seed_2"])
 
 
@@ -184,11 +184,12 @@ def test_student_step():
     teacher = fill(get_model("wrn16_2")).requires_grad_(False)
     student = fill(get_model("wrn16_1")).train()
     optimizer = make_optimizer("sgd", student.parameters(), 0.1, 1e-4)
-    session = Namespace(args=Namespace(criterion="kl", T=20, kd_steps=1), runtime=RUNTIME, folded_teacher=teacher)
+    session = Namespace(args=Namespace(criterion="kl", T=20, kd_steps=1), runtime=RUNTIME)
+    session.answers = lambda x, _: teacher(x)
     session.student, session.run = student, Namespace(tick=lambda loss: None)
     session.step = partial(Session.step, session)
     for seed, expected in enumerate(reference["losses"]):
-        close(datafree_kd.distill([noise((4, 3, 32, 32), seed)], session, optimizer), expected)
+        close(datafree_kd.distill([(noise((4, 3, 32, 32), seed), None)], session, optimizer), expected)
     check(student.parameters(), reference["student_parameters_after"])
     for name, values in reference["student_per_parameter_after"].items():
         check([student.get_parameter(name)], values)
@@ -311,13 +312,13 @@ def numbered(n, start=0):
 def test_pool_batches_are_passes_over_all_images(limit, tmp_path):
     pool = ImagePool((3, 2, 2), "cpu", tmp_path / "p", limit)
     pool.add(numbered(7))
-    assert [len(b) for b in pool.batches(16, 3)] == [7, 7, 7]  # fewer than a batch: all of them
+    assert [len(b) for _, b in pool.batches(16, 3)] == [7, 7, 7]  # fewer than a batch: all of them
     pool.add(numbered(5, 7))
     assert torch.equal(pool.images(), numbered(12))
-    passes = torch.cat([b[:, 0, 0, 0] for b in pool.batches(4, 6)]).view(2, 12)
+    passes = torch.cat([b[:, 0, 0, 0] for _, b in pool.batches(4, 6)]).view(2, 12)
     assert all(sorted(p.tolist()) == list(range(12)) for p in passes)
     assert not torch.equal(*passes)
-    assert [len(b) for b in pool.batches(5, 3)] == [5, 5, 5]
+    assert [len(b) for _, b in pool.batches(5, 3)] == [5, 5, 5]
 
 
 def test_pool_is_restored_and_forgets_what_came_after_the_checkpoint(tmp_path):

@@ -18,6 +18,7 @@ from datafree.runtime import Runtime
 from models import GENERATORS
 
 Losses = dict[str, Tensor]  # scalars by name
+Sample = tuple[Tensor, Tensor | None]  # images, and numbers that tell them apart if they may come again
 Tick = Callable[[Tensor], None]  # is told the loss of each update
 # Distances of student and teacher, (s_logits, t_logits, T) -> scalar.
 CRITERIA = {"kl": kd_loss, "l1": lambda s_logits, t_logits, T=1.0: l1_loss(s_logits, t_logits)}
@@ -113,10 +114,11 @@ class Synthesizer:
     def targets(self) -> Tensor:
         return torch.randint(self.num_classes, (self.synthesis_batch_size,), device=self.runtime.device)
 
-    def sample(self, n: int, batch_size: int) -> Iterator[Tensor]:
-        """n batches of normalised images (batch_size, C, H, W), augmented, from the pool."""
-        for images in self.pool.batches(batch_size, n):
-            yield self.transform(images, train=True)
+    def sample(self, n: int, batch_size: int) -> Iterator[Sample]:
+        """n batches from the pool, augmented: normalised images (batch_size, C, H, W), and what tells them apart."""
+        for rows, images in self.pool.batches(batch_size, n):
+            images, form = self.transform.vary(images)
+            yield self.transform(images), None if form is None else rows * self.transform.forms + form
 
     def pictures(self, n: int) -> Tensor:
         """The newest n images, (N, C, H, W) in 0..1."""

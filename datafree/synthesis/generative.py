@@ -11,7 +11,7 @@ from datafree.distributed import mean, share
 from datafree.hooks import features_of
 from datafree.losses import activation_loss, information_entropy_loss, one_hot_loss
 
-from .base import CRITERIA, GENERATOR, STUDENT, Losses, Method, Synthesizer, Tick, adam, register
+from .base import CRITERIA, GENERATOR, STUDENT, Losses, Method, Sample, Synthesizer, Tick, adam, register
 
 
 class Generative(Synthesizer):
@@ -56,11 +56,11 @@ class Generative(Synthesizer):
         )
 
     @torch.no_grad()
-    def sample(self, n: int, batch_size: int) -> Iterator[Tensor]:
+    def sample(self, n: int, batch_size: int) -> Iterator[Sample]:
         """n batches of fresh normalised images (batch_size, C, H, W), of the generator in train mode, as published."""
         for _ in range(n):
             z = share(self.generator.latents(batch_size, device=self.runtime.device))
-            yield self.normalized(self.generate(self.generator, z))
+            yield self.normalized(self.generate(self.generator, z)), None
 
     @torch.no_grad()
     def unseen(self) -> Iterator[Tensor]:

@@ -1,0 +1,76 @@
+"""A frozen teacher's answers, remembered: a pool's images come again in the same forms, and it says the same."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from datafree.errors import UsageError
+from datafree.pool import read_rows, write_rows
+
+
+class Answers:
+    """The teacher's logits of images that may come again: it is asked once for each.
+
+    Crops by 4 pixels and mirroring give an image 162 forms, and a student of Fast-Datafree meets each image of its pool
+    some 400 times: two thirds of what it meets it has met before, and most of its step's time is the teacher's.
+    `flush` appends what is new to `path`, and `state_dict` is the number of answers there, as with the pool's images.
+
+    Args:
+        teacher: normalised images (N, C, H, W) -> logits (N, num_classes). path: the file. n: how many there can be; 0,
+            or more than fit into ROOM, and the teacher is asked each time.
+    """
+
+    ROOM = 2**32  # bytes of logits
+
+    def __init__(self, teacher: Callable[[Tensor], Tensor], num_classes: int, path: Path, n: int):
+        self.teacher, self.path = teacher, path
+        # Memory of answers that never come is never taken.
+        logits = torch.empty(0, num_classes)
+        self.logits = logits.new_empty(n if n * num_classes * logits.element_size() <= self.ROOM else 0, num_classes)
+        self.known = torch.zeros(len(self.logits), dtype=torch.bool)
+        self.saved, self.new = 0, []
+
+    def __call__(self, x: Tensor, numbers: Tensor | None) -> Tensor:
+        """The logits of images x, which `numbers` (N,) below n tell apart; None says that none of them come again."""
+        if numbers is None or not len(self.known):
+            return self.teacher(x)
+        known = self.known[numbers]
+        order, n = known.argsort(stable=True), len(x) - int(known.sum())
+        # Sixteens: each size of a batch has its own kernels, which take as long to make as to run.
+        asked = order[: -(-n // 16) * 16]
+        logits = self.logits[numbers]
+        if n:
+            said = self.teacher(x[asked].contiguous(memory_format=torch.channels_last))
+            new, logits[order[:n]] = numbers[order[:n]], said[:n].to(logits.dtype)
+            self.logits[new], self.known[new] = logits[order[:n]], True
+            self.new.append(new)
+        return logits
+
+    def __len__(self) -> int:
+        return self.saved + sum(map(len, self.new))
+
+    def flush(self) -> None:
+        """Write what is new behind what the file holds."""
+        numbers = torch.cat([self.known.new_empty(0, dtype=torch.int64), *self.new])
+        if len(numbers) or not self.saved:
+            rows = torch.cat([part.view(torch.uint8) for part in (numbers[:, None], self.logits[numbers])], 1)
+            write_rows(self.path, (self.saved * rows.shape[1], rows), new=not self.saved)
+            self.saved, self.new = len(self), []
+
+    def state_dict(self) -> dict[str, int]:
+        return {"answers": len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Raises UsageError if the file is missing or too short."""
+        self.saved = state["answers"] if len(self.known) else 0
+        if self.saved:
+            rows = torch.empty(max(0, self.saved), 8 + self.logits[:1].nbytes, dtype=torch.uint8)
+            read_rows(self.path, (0, rows))
+            numbers = rows[:, :8].contiguous().view(torch.int64)[:, 0]
+            inside = (numbers >= 0) & (numbers < len(self.known))
+            if not inside.all() or len(numbers.unique()) != self.saved:
+                raise UsageError(f"{self.path} is damaged: start the run anew, without --resume")
+            self.logits[numbers] = rows[:, 8:].contiguous().view(self.logits.dtype)
+            self.known[numbers] = True

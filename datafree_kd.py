@@ -22,7 +22,8 @@
 An epoch is ep_steps / kd_steps rounds: a synthesizer makes a batch of images in g_steps updates,
 then the student takes kd_steps steps of  T^2 KL(teacher / T || student / T)  on images of all
 rounds so far (zskt, dfad, dafl, dfq: on fresh images of the generator), from epoch `warmup` on;
-its learning rate falls along a cosine. A synthesizer minimises the weighted sum of
+its learning rate falls along a cosine. On a CPU the teacher is asked once for each image and crop of
+it, and its answer kept (datafree/answers.py). A synthesizer minimises the weighted sum of
 
     bn L_bn       the teacher's BatchNorm statistics against those of its training data
     oh L_oh       cross-entropy with random classes, or with the teacher's own arg-max

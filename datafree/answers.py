@@ -19,7 +19,7 @@ class Answers:
 
     Args:
         teacher: normalised images (N, C, H, W) -> logits (N, num_classes). path: the file. n: how many there can be; 0,
-            or more than fit into ROOM, and the teacher is asked each time.
+            or more than fit into ROOM, and the teacher is asked each time, as it is for a batch with more.
     """
 
     ROOM = 2**32  # bytes of logits
@@ -34,7 +34,7 @@ class Answers:
 
     def __call__(self, x: Tensor, numbers: Tensor | None) -> Tensor:
         """The logits of images x, which `numbers` (N,) below n tell apart; None says that none of them come again."""
-        if numbers is None or not len(self.known):
+        if numbers is None or len(self.known) <= numbers.max():
             return self.teacher(x)
         known = self.known[numbers]
         order, n = known.argsort(stable=True), len(x) - int(known.sum())

@@ -315,7 +315,9 @@ def test_pool_batches_are_passes_over_all_images(limit, tmp_path):
     assert [len(b) for _, b in pool.batches(16, 3)] == [7, 7, 7]  # fewer than a batch: all of them
     pool.add(numbered(5, 7))
     assert torch.equal(pool.images(), numbered(12))
-    passes = torch.cat([b[:, 0, 0, 0] for _, b in pool.batches(4, 6)]).view(2, 12)
+    batches = [(rows, b[:, 0, 0, 0]) for rows, b in pool.batches(4, 6)]
+    assert all(torch.equal(rows, named) for rows, named in batches)
+    passes = torch.cat([named for _, named in batches]).view(2, 12)
     assert all(sorted(p.tolist()) == list(range(12)) for p in passes)
     assert not torch.equal(*passes)
     assert [len(b) for _, b in pool.batches(5, 3)] == [5, 5, 5]

@@ -36,7 +36,11 @@ def test_each_image_is_asked_for_once(tmp_path):
     seen = teacher.seen
     answers(x, numbers)
     assert teacher.seen == seen
-    assert torch.equal(answers(x, None), Teacher()(x)) and teacher.seen == seen + 40
+    more = numbers + 61
+    for numbers in (None, more):
+        x, seen = images(more), teacher.seen
+        assert torch.equal(answers(x, numbers), Teacher()(x)) and teacher.seen == seen + 40
+    assert len(answers) == 100
 
 
 def test_answers_are_restored_and_later_ones_forgotten(tmp_path):

@@ -1,6 +1,7 @@
 """A frozen teacher's answers, remembered: a pool's images come again in the same forms, and it says the same."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ class Answers:
         logits = torch.empty(0, num_classes)
         self.logits = logits.new_empty(n if n * num_classes * logits.element_size() <= self.ROOM else 0, num_classes)
         self.known = torch.zeros(len(self.logits), dtype=torch.bool)
+        self.row_bytes = 8 + num_classes * logits.element_size()  # in the file: a number, and the logits
         self.saved, self.new = 0, []
 
     def __call__(self, x: Tensor, numbers: Tensor | None) -> Tensor:
@@ -56,21 +58,18 @@ class Answers:
         numbers = torch.cat([self.known.new_empty(0, dtype=torch.int64), *self.new])
         if len(numbers) or not self.saved:
             rows = torch.cat([part.view(torch.uint8) for part in (numbers[:, None], self.logits[numbers])], 1)
-            write_rows(self.path, (self.saved * rows.shape[1], rows), new=not self.saved)
+            write_rows(self.path, (self.saved * self.row_bytes, rows), new=not self.saved)
             self.saved, self.new = len(self), []
 
     def state_dict(self) -> dict[str, int]:
         return {"answers": len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises UsageError if the file is missing or too short."""
-        self.saved = state["answers"] if len(self.known) else 0
-        if self.saved:
-            rows = torch.empty(max(0, self.saved), 8 + self.logits[:1].nbytes, dtype=torch.uint8)
+        """Read the answers; where their file is gone, as after a run's end, or damaged, the teacher is asked again."""
+        rows = torch.empty(max(0, state["answers"]) * bool(len(self.known)), self.row_bytes, dtype=torch.uint8)
+        with suppress(UsageError):
             read_rows(self.path, (0, rows))
             numbers = rows[:, :8].contiguous().view(torch.int64)[:, 0]
-            inside = (numbers >= 0) & (numbers < len(self.known))
-            if not inside.all() or len(numbers.unique()) != self.saved:
-                raise UsageError(f"{self.path} is damaged: start the run anew, without --resume")
-            self.logits[numbers] = rows[:, 8:].contiguous().view(self.logits.dtype)
-            self.known[numbers] = True
+            if len(rows) and numbers.min() >= 0 and numbers.max() < len(self.known):
+                self.logits[numbers] = rows[:, 8:].contiguous().view(self.logits.dtype)
+                self.known[numbers], self.saved = True, len(rows)

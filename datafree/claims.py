@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
@@ -26,14 +26,14 @@ class Busy(TimeLimit):
     """Another process has the run. Exit code 75, too: run again, later."""
 
 
-def _claim(out: str | Path, run: str) -> SoftFileLease:
+def _claim(out: str | Path, run: str, lost: Callable | None = None) -> SoftFileLease:
     file = Path(out) / ".locks" / f"{run}.claim"
     file.parent.mkdir(parents=True, exist_ok=True)
-    return SoftFileLease(file, lease_duration=LEASE, heartbeat_interval=BEAT, on_compromise=_interrupt)
+    return SoftFileLease(file, lease_duration=LEASE, heartbeat_interval=BEAT, on_compromise=lost)
 
 
 def _interrupt(_lost) -> None:
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # ends the script that it waits for
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
 
 def _owner(claim: SoftFileLease) -> tuple[str, float]:
@@ -55,13 +55,15 @@ def claimed(out: str | Path, run: str) -> Iterator[None]:
     Raises:
         Busy: another process has it, or took it since this one gave no sign of life.
     """
-    claim = _claim(out, run)
+    claim = _claim(out, run, _interrupt)
     who, age = _owner(claim)
     try:
         # A clock that goes wrong makes this wait, or come again, in vain: whether a claim is free is not read from it.
         claim.acquire(timeout=WAIT if age < LEASE else LEASE + 2 * BEAT, poll_interval=0.2)
     except Timeout as error:
         raise Busy(f"{run} is run by {who}: the same command goes on once that is over") from error
+    # It ends the script that the block waits for, as Ctrl-C does, which is ignored in the background.
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt as error:
@@ -69,6 +71,7 @@ def claimed(out: str | Path, run: str) -> Iterator[None]:
             raise Busy(f"{run} went to {_owner(claim)[0]}, after {LEASE} s without a sign of life") from error
         raise
     finally:
+        signal.signal(signal.SIGUSR1, before)
         claim.release()
 
 

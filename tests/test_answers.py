@@ -7,7 +7,6 @@ import datafree_kd
 from datafree import checkpoint
 from datafree.answers import Answers
 from datafree.augment import Transform
-from datafree.errors import UsageError
 
 
 class Teacher:
@@ -67,15 +66,19 @@ def test_answers_are_restored_and_later_ones_forgotten(tmp_path):
     assert not last.known[4]
 
 
-@pytest.mark.parametrize("n, size, count", [(10, None, 6), (4, None, 3), (10, 40, 3), (10, None, -1)])
-def test_a_file_of_something_else_is_refused(n, size, count, tmp_path):
+@pytest.mark.parametrize("n, size, count", [(10, None, 6), (4, None, 3), (10, 40, 3), (10, None, -1), (10, -1, 3)])
+def test_without_their_file_the_teacher_is_asked_again(n, size, count, tmp_path):
     path, numbers = tmp_path / "answers.bin", torch.tensor([5, 3, 9])
     answers = Answers(Teacher(), 2, path, 10)
     answers(images(numbers), numbers)
     answers.flush()
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(UsageError, match="without --resume"):
-        Answers(Teacher(), 2, path, n).load_state_dict({"answers": count})
+    path.unlink() if size == -1 else path.write_bytes(path.read_bytes()[:size])
+    again = Answers(teacher := Teacher(), 2, path, n)
+    again.load_state_dict({"answers": count})
+    few = torch.tensor([3, 1])
+    assert torch.equal(again(images(few), few), Teacher()(images(few))) and teacher.seen == 2
+    again.flush()
+    assert path.stat().st_size == 2 * again.row_bytes
 
 
 def test_what_does_not_fit_is_asked_each_time(tmp_path):

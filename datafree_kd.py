@@ -257,7 +257,8 @@ def main(args: argparse.Namespace) -> dict:
     fresh = rounds * args.kd_steps * args.batch_size * (args.n_epochs - args.warmup)
     made, seconds = fresh if pool is None else len(pool), round(timer.seconds(), 1)
     result = s.finish(method=args.method, synthesis_seconds=seconds, generated_images=made)
-    (s.run.folder / "answers.bin").unlink(missing_ok=True)
+    if pool is not None:
+        s.answers.path.unlink(missing_ok=True)
     if args.export_images:
         s.run.log(f"images: {pool.export(args.export_images, args.save_dir or s.run.folder / 'images')}")
     return result

@@ -56,7 +56,7 @@ class Answers:
     def flush(self) -> None:
         """Write what is new behind what the file holds."""
         numbers = torch.cat([self.known.new_empty(0, dtype=torch.int64), *self.new])
-        if len(numbers) or not self.saved:
+        if len(numbers):
             rows = torch.cat([part.view(torch.uint8) for part in (numbers[:, None], self.logits[numbers])], 1)
             write_rows(self.path, (self.saved * self.row_bytes, rows), new=not self.saved)
             self.saved, self.new = len(self), []

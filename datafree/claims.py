@@ -19,6 +19,7 @@ from filelock import SoftFileLease, Timeout
 from datafree.errors import TimeLimit
 
 BEAT, LEASE = 60, 300  # seconds between a claim's signs of life, and without one until it is free
+LOST = getattr(signal, "SIGUSR1", signal.SIGINT)  # tells a script that its claim is; Windows has only the latter
 WAIT = 1  # seconds that are given to a process that lets go
 
 
@@ -33,7 +34,7 @@ def _claim(out: str | Path, run: str, lost: Callable | None = None) -> SoftFileL
 
 
 def _interrupt(_lost) -> None:
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+    signal.pthread_kill(threading.main_thread().ident, LOST)
 
 
 def _owner(claim: SoftFileLease) -> tuple[str, float]:
@@ -63,7 +64,7 @@ def claimed(out: str | Path, run: str) -> Iterator[None]:
     except Timeout as error:
         raise Busy(f"{run} is run by {who}: the same command goes on once that is over") from error
     # It ends the script that the block waits for, as Ctrl-C does, which is ignored in the background.
-    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    before = signal.signal(LOST, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt as error:
@@ -71,7 +72,7 @@ def claimed(out: str | Path, run: str) -> Iterator[None]:
             raise Busy(f"{run} went to {_owner(claim)[0]}, after {LEASE} s without a sign of life") from error
         raise
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(LOST, before)
         claim.release()
 
 

@@ -138,16 +138,16 @@ def test_a_silent_process_elsewhere_loses_its_claim_and_a_living_one_does_not(tm
     assert looks.running() == {}
 
 
-def test_who_was_silent_for_too_long_stops(tmp_path, monkeypatch):
+def test_who_was_silent_for_too_long_stops(tmp_path, monkeypatch, request):
     monkeypatch.setattr(claims, "LEASE", 1.0)
     monkeypatch.setattr(claims, "BEAT", 0.1)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as it is in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(Busy, match="a went to another process"), claimed(tmp_path, "a"):
         file, other = tmp_path / ".locks" / "a.claim", tmp_path / "other"
         other.write_text("another's")
         other.replace(file)  # at once: a sign of life must meet a claim, ours or another's
         subprocess.run(["sleep", "60"])
-    signal.signal(signal.SIGINT, before)
     assert file.read_text() == "another's"
 
 

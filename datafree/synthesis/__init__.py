@@ -1,7 +1,7 @@
 """Who makes the images of datafree_kd.py: five families with the same methods, each in its file with what it serves.
 
 - `synthesize(adversarial, tick)`: one round of optimisation; returns the last losses by name.
-- `sample(n, batch_size)`: n batches of normalised images for the student, with numbers that tell them apart.
+- `sample(n, batch_size)`: n batches of normalised images for the student, with numbers that tell them apart or None.
 - `state_dict()`, `load_state_dict(state)`, `flush()`: all that a resumed run needs.
 
 FastLatents is the variant of Fast in datafree_kd_imagenet.py. A method of one's own enters METHODS, and with it

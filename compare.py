@@ -10,7 +10,8 @@
 Reads results/**/*.json, the result.json files of finished runs, and the cells of papers.py, which say what makes a run
 a run of a cell. Flags that differ otherwise, such as fewer epochs, stand beside the number. Runs that differ in their
 seed only are one row: mean and, from two on, standard deviation. Best is the best epoch on the test set, as the papers
-report, last is what one gets; scores are in percent, mIoU too.
+report, last is what one gets; scores are in percent, mIoU too. Why runs differ from the paper is told by hand in
+results/why.csv: cells (or "METHOD on DATA" of no cell), and in words what it is and how it was tested.
 """
 
 import datafree.interrupt  # noqa: F401
@@ -35,6 +36,7 @@ from datafree.records import command_of, precision_of, read_records, teacher_of
 from datafree.tables import as_csv, as_markdown, figure_of
 
 ROOT = Path(__file__).resolve().parent
+WHY = ROOT / "results" / "why.csv"  # why runs are not where the paper is: cells, or "METHOD on DATA" of none, in words
 MARKS = "<!-- results -->", "<!-- /results -->"
 COLUMNS = (
     "cell source table dataset method teacher student verdict paper paper_std last last_std best best_std "
@@ -213,13 +215,22 @@ def verdicts(rows: Sequence[dict]) -> list[tuple[str, ...]]:
     return [(*key[:2], ", ".join(datasets), *key[2:4]) for key, datasets in lines.items()]
 
 
+def reasons(rows: Sequence[dict], others: Sequence[Sequence[dict]]) -> str:
+    """The sentences of why.csv about what was run, in Markdown; empty if there are none."""
+    run = {r["cell"] for r in rows if r["n"]} | {f"{runs[0]['method']} on {runs[0]['dataset']}" for runs in others}
+    with WHY.open(newline="") as file:
+        told = [f"- **{r['rows']}**: {r['why']}" for r in csv.DictReader(file) if run & {*r["rows"].split(", ")}]
+    return "\n".join(["## Why they differ", "", *told, ""]) if told else ""
+
+
 def markdown(rows: Sequence[dict], others: Sequence[Sequence[dict]]) -> str:
     """RESULTS.md as text."""
     pages, summary = ", ".join(f"[{p}](results/{p}.md)" for p in PAGES), as_markdown(VERDICTS, verdicts(rows))
     lines = as_markdown(SUMMARY, [r for r in rows if r["n"]])
     text = TOP.format(coverage=coverage(rows), pages=pages, rule=RULE, verdicts=summary, measured=lines)
     rest = f"## Runs of no published cell\n\n{as_markdown(OTHERS, map(measured, others))}"
-    return "\n".join([text, *([rest] if others else []), END])
+    why = reasons(rows, others)
+    return "\n".join([text, *filter(None, [why, rest if others else ""]), END])
 
 
 def deviations(script: str) -> str:

@@ -230,6 +230,15 @@ def test_what_it_wrote_is_up_to_date():
         )
 
 
+def test_why_is_said_of_each_cell_that_falls_short():
+    rows, others = collected(ROOT / "results")
+    with compare.WHY.open(newline="") as file:
+        told = [name for line in csv.DictReader(file) for name in line["rows"].split(", ") if line["why"].endswith(".")]
+    names = {r["cell"] for r in rows if r["n"]} | {f"{runs[0]['method']} on {runs[0]['dataset']}" for runs in others}
+    assert len(told) == len({*told}) and {*told} <= names
+    assert {r["cell"] for r in rows if r["verdict"] == "partly"} <= {*told}
+
+
 def test_records_tell_what_is_known_of_them():
     records = {r["file"]: r for r in read_records(ROOT / "results")}
     for r in records.values():

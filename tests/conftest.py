@@ -37,6 +37,26 @@ def no_curves(monkeypatch):
     monkeypatch.setattr("datafree.run.plot_accuracy", lambda *_: None)
 
 
+@pytest.fixture(scope="module")
+def few_digits():
+    """A fifth of the digits' test images is there, as scoring all 500 takes a third of a tiny run's time."""
+    from dataclasses import replace
+
+    import torch
+
+    import data
+
+    whole = data.SOURCES["digits"]
+
+    def load(*args):
+        raw = whole.load(*args)
+        return replace(raw, test=raw.test.take(torch.arange(0, len(raw.test), 5)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.SOURCES, "digits", replace(whole, load=load))
+        yield
+
+
 @pytest.fixture
 def in_double(monkeypatch):
     """Scripts compute in float64: in float32 gradients differ by 1e-5, and a generator's Adam makes more of it."""

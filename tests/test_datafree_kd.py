@@ -21,6 +21,7 @@ from datafree.runtime import Runtime
 from datafree.synthesis import METHODS, Generative, Method
 from models import get_generator, get_model
 
+pytestmark = pytest.mark.usefixtures("few_digits")
 ROOT = Path(__file__).parent.parent
 # fmt: off
 TINY = ("--batch_size", "32", "--synthesis_batch_size", "32", "--ngf", "16", "--nz", "16", "--warmup", "0",

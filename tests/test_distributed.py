@@ -20,28 +20,36 @@ HERE = Path(__file__).resolve().parent
 FEW = ("teacher_train", "DAFL_train", "DFAD_camvid_deeplab", "DFND_train", "dfq", "cmi", "fast_meta", "imagenet")
 
 
-def torchrun(n, *command, flags=()):
-    """The command line that starts n processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n, *flags]
-    return [str(part) for part in (*launch, *command)]
+@pytest.fixture(scope="session")
+def torchrun(forks):
+    """Begin a script, or with -m a module, in n processes; returns the job that forks.wait waits for."""
+
+    def start(n, *command, flags=("--standalone",)):
+        return forks.start(HERE / "torchrun", ["--nproc_per_node", n, *flags, *command], seconds=300)
+
+    return start
 
 
-def run(command, **options):
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=HERE, **options)
+@pytest.fixture(scope="session")
+def in_processes(forks, torchrun):
+    """Run a command in n processes, one without torchrun, to a good end; returns it."""
+
+    def run(n, script, *argv):
+        alone = n == 1 and script != "-m"
+        end = forks.run(Path(script).with_suffix(""), argv, 300) if alone else forks.wait(torchrun(n, script, *argv))
+        assert end.code == 0, end.stdout + end.stderr
+        return end
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
+def out(tmp_path_factory, in_processes):
     """The folder where one, two and three processes have run the cases."""
     out = tmp_path_factory.mktemp("ranks")
     ranks.prepare(out)
-    for command in (
-        [sys.executable, HERE / "ranks.py", out],
-        torchrun(2, HERE / "ranks.py", out),
-        torchrun(3, HERE / "ranks.py", out, *FEW),
-    ):
-        end = run(command)
-        assert end.returncode == 0, end.stderr
+    for n, cases in ((1, ()), (2, ()), (3, FEW)):
+        in_processes(n, HERE / "ranks.py", out, *cases)
     return out
 
 
@@ -93,14 +101,10 @@ def test_the_pool_has_the_images_in_the_order_of_one_process(out):
     assert len(one) == 12 * 3 * 16 * 16 and one == two
 
 
-def test_reference_numbers_hold_on_two_ranks():
-    cases = ["test_DAFL.py::test_joint_step[True]", "test_DFAD.py::test_iterations[True]"]
-    end = run(
-        torchrun(
-            2, "--no-python", sys.executable, "-m", "pytest", "-p", "on_ranks", "-q", "-p", "no:cacheprovider", *cases
-        )
-    )
-    assert end.returncode == 0 and end.stdout.count("[100%]") == 2, end.stdout
+def test_reference_numbers_hold_on_two_ranks(in_processes):
+    cases = [f"{HERE}/test_DAFL.py::test_joint_step[True]", f"{HERE}/test_DFAD.py::test_iterations[True]"]
+    end = in_processes(2, "-m", "pytest", "-p", "on_ranks", "-q", "-p", "no:cacheprovider", *cases)
+    assert end.stdout.count("[100%]") == 2, end.stdout
 
 
 def dafl(out, *flags):
@@ -112,35 +116,32 @@ def weights(out):
     return checkpoint.read(next(out.glob("*/last.pt")))["run"]["states"]
 
 
-def test_a_killed_rank_restarts_the_job(tmp_path):
-    end = run(torchrun(2, *dafl(tmp_path / "whole", "--n_epochs", 3)))
-    assert end.returncode == 0, end.stderr
-    command = torchrun(2, *dafl(tmp_path / "killed", "--n_epochs", 3), flags=["--max-restarts", 3])
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
-        while not list((tmp_path / "killed").glob("*/last.pt")):
-            assert job.poll() is None
-            time.sleep(0.01)
-        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
-        text = job.communicate()[0]
-    assert job.returncode == 0 and "resumed after epoch" in text, text
+def test_a_killed_rank_restarts_the_job(tmp_path, forks, torchrun, in_processes):
+    in_processes(2, *dafl(tmp_path / "whole", "--n_epochs", 3))
+    job = torchrun(2, *dafl(tmp_path / "killed", "--n_epochs", 3), flags=["--standalone", "--max-restarts", 3])
+    while not list((tmp_path / "killed").glob("*/last.pt")):
+        assert not (job / "end.json").exists(), forks.wait(job)
+        time.sleep(0.01)
+    process = (job / "pid").read_text()
+    ranks = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    assert len(ranks) == 2
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    end = forks.wait(job)
+    assert end.code == 0 and "resumed after epoch" in end.stdout, end
     one, two = tensors(weights(tmp_path / "whole")), tensors(weights(tmp_path / "killed"))
     same = [torch.equal(v, two[k]) if isinstance(v, torch.Tensor) else v == two[k] for k, v in one.items()]
     assert len(same) > 20 and all(same)
 
 
 @pytest.mark.parametrize("first, second", [(1, 2), (2, 1)])
-def test_another_number_of_ranks_goes_on(first, second, tmp_path, checkpoints):
+def test_another_number_of_ranks_goes_on(first, second, tmp_path, checkpoints, in_processes):
     text = "--method cmi --dataset digits --teacher resnet8 --student resnet8 --batch_size 8 --synthesis_batch_size 8 "
     text += "--ep_steps 1 --kd_steps 1 --warmup 0 --g_steps 1 --bank_size 40 --n_neg 8 --nz 4 --ngf 2 --device cpu"
     command = [HERE.parent / "datafree_kd.py", *text.split(), "--out", tmp_path, "--checkpoints", checkpoints]
     images = []
     for n, epochs in ((first, 1), (second, 2)):
-        command[-1:] = [checkpoints, "--n_epochs", epochs, "--resume"]
-        end = run([sys.executable, *command] if n == 1 else torchrun(n, *command))
-        assert end.returncode == 0, end.stderr
+        end = in_processes(n, *command, "--n_epochs", epochs, "--resume")
         images.append(next(tmp_path.glob("*/pool.u8")).read_bytes())
-        del command[-3:]
     assert "resumed after epoch 1" in end.stdout
     assert len(images[1]) == 2 * len(images[0]) and images[1].startswith(images[0])
 
@@ -163,21 +164,24 @@ cli(main, lambda: None)
 """
 
 
-def test_a_run_follows_rank_0_to_another_machine(tmp_path):
+def test_a_run_follows_rank_0_to_another_machine(tmp_path, forks, torchrun):
     """Two machines with run folders of their own; the second start counts them the other way round."""
     for first in (0, 1):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        there = ["--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port]
-        machines = []
-        for machine in (0, 1):
-            launch = [sys.executable, "-m", "torch.distributed.run", *there, "--node_rank", machine ^ first]
-            command = [*launch, *dafl(tmp_path / str(machine), "--n_epochs", 2, "--resume")]
-            machines.append(subprocess.Popen(map(str, command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-        said = [machine.communicate()[0].decode() for machine in machines]
-        assert not any(machine.returncode for machine in machines), said
-    assert "is finished: last" in said[1]
+        there = ["--nnodes", 2, "--master_addr", "127.0.0.1", "--master_port", port]
+        jobs = [
+            torchrun(
+                1,
+                *dafl(tmp_path / str(machine), "--n_epochs", 2, "--resume"),
+                flags=[*there, "--node_rank", machine ^ first],
+            )
+            for machine in (0, 1)
+        ]
+        ends = [forks.wait(job) for job in jobs]
+        assert not any(end.code for end in ends), ends
+    assert "is finished: last" in ends[1].stdout
     contents = [{p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*.pt")} for n in "01"]
     assert contents[0] == contents[1] and len(contents[0]) == 2
 
@@ -213,28 +217,28 @@ assert board.turn > 200
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="memory is shared there only")
-def test_shared_memory_says_what_messages_say(tmp_path):
+def test_shared_memory_says_what_messages_say(tmp_path, in_processes):
     """Also where a rank is late, and where a tensor is too large for it."""
     script = tmp_path / "script.py"
     script.write_text(BOTH_WAYS.format(root=str(HERE.parent)))
-    end = run(torchrun(3, script), timeout=100)
-    assert not end.returncode, end.stderr
+    in_processes(3, script)
 
 
 def test_an_error_of_one_rank_ends_all_in_its_line(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(ALONE.format(root=str(HERE.parent)))
-    end = run(torchrun(2, script), timeout=100)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    end = subprocess.run(launch, capture_output=True, text=True, timeout=100)
     lines = [line for line in end.stderr.splitlines() if line.startswith("script.py: ")]
     assert end.returncode and lines == ["script.py: this machine has no data: copy it"], end.stderr
     assert "exitcode  : 2" in end.stderr
 
 
-def test_mistakes_are_one_line():
+def test_mistakes_are_one_line(forks, torchrun):
     script = HERE.parent / "DAFL_train.py"
     for flags, text in (
         (["--dataset", "digits", "--batch_size", 127], "--batch_size 127 cannot be divided among 2 processes"),
         (["--dataset", "nothing"], "invalid choice: 'nothing'"),
     ):
-        end = run(torchrun(2, script, *flags))
-        assert end.returncode and end.stderr.count(text) == 1, end.stderr
+        end = forks.wait(torchrun(2, script, *flags))
+        assert end.code and end.stderr.count(text) == 1, end.stderr

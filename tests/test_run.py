@@ -26,6 +26,8 @@ from datafree.cli import cli
 from datafree.errors import TimeLimit
 from datafree.session import Session
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 
 class Case(NamedTuple):
     """A short run of a script: its flags, and the module of its loop."""

@@ -398,7 +398,7 @@ def benchmark(folder: Path) -> list[dict]:
         if found:
             hardware, drawn = max(files.items(), key=lambda item: len(item[1]))
             names = [row["method"] for row in found if row["method"] in drawn]
-            plot_accuracy(folder / f"{track}.png", {name: drawn[name] for name in names})
+            plot_accuracy(folder / f"{track}.png", {name: drawn[name] for name in names}, log=True)
             text.append(f"{as_markdown(BENCHMARK, found)}\n![Accuracy over seconds on {hardware}]({track}.png)\n")
         text += [f"Not run yet: {', '.join(missing)}.\n"] if missing else []
         rows += found

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import nn
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -18,8 +19,10 @@ from datafree.runtime import Runtime
 Point = tuple[float, float]
 
 
-def plot_accuracy(path: Path, runs: Mapping[str, Path], column: str = "accuracy", over: str = "seconds") -> None:
-    """Draw a test score over seconds or epochs: `runs` maps a label to its metrics.csv.
+def plot_accuracy(
+    path: Path, runs: Mapping[str, Path], column: str = "accuracy", over: str = "seconds", log: bool = False
+) -> None:
+    """Draw a test score over seconds or epochs, logarithmic with `log`: `runs` maps a label to its metrics.csv.
 
     Raises:
         UsageError: a file that is none.
@@ -28,6 +31,11 @@ def plot_accuracy(path: Path, runs: Mapping[str, Path], column: str = "accuracy"
         return
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel=over, ylabel=f"test {column} (%)")
+    if log:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
     for i, (label, source) in enumerate(runs.items()):
         try:
             with Path(source).open(newline="", encoding="utf-8") as file:

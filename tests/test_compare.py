@@ -89,7 +89,9 @@ def test_benchmark(tmp_path, capsys, monkeypatch):
     run = json.loads((folder / "mnist-fast-0.json").read_text())
     (folder / "mnist-fast-0.json").write_text(json.dumps(run | dict(hardware="another one")))
     drawn, plot = {}, compare.plot_accuracy
-    monkeypatch.setattr(compare, "plot_accuracy", lambda path, runs: (drawn.update(runs), plot(path, runs)))
+    monkeypatch.setattr(
+        compare, "plot_accuracy", lambda path, runs, **look: (drawn.update(runs), plot(path, runs, **look))
+    )
     rows = compare.main(compare.parse_args(["--benchmark", "--results", str(tmp_path)]))
     assert {name: path.name for name, path in drawn.items()} == {
         "dafl": "mnist-dafl-0.metrics.csv", "fast": "mnist-fast-1.metrics.csv"

@@ -117,15 +117,15 @@ def weights(out):
 
 
 def test_a_killed_rank_restarts_the_job(tmp_path, forks, torchrun, in_processes):
-    in_processes(2, *dafl(tmp_path / "whole", "--n_epochs", 3))
-    job = torchrun(2, *dafl(tmp_path / "killed", "--n_epochs", 3), flags=["--standalone", "--max-restarts", 3])
+    in_processes(2, *dafl(tmp_path / "whole", "--n_epochs", 5))
+    job = torchrun(2, *dafl(tmp_path / "killed", "--n_epochs", 5), flags=["--standalone", "--max-restarts", 3])
     while not list((tmp_path / "killed").glob("*/last.pt")):
         assert not (job / "end.json").exists(), forks.wait(job)
         time.sleep(0.01)
     process = (job / "pid").read_text()
-    ranks = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    assert len(ranks) == 2
-    os.kill(int(ranks[-1]), signal.SIGKILL)
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[-1]), signal.SIGKILL)
     end = forks.wait(job)
     assert end.code == 0 and "resumed after epoch" in end.stdout, end
     one, two = tensors(weights(tmp_path / "whole")), tensors(weights(tmp_path / "killed"))

@@ -19,7 +19,7 @@ OWN = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "
 
 def work(_unbuffered: str, what: str, *argv: str) -> None:
     """A rank: what `python -u SCRIPT ...` does in a new process."""
-    atexit._clear()
+    atexit._clear()  # what the server would do at its own end
     for name in [name for name in sys.modules if name.partition(".")[0] in OWN]:
         del sys.modules[name]  # they look at what rank they are when they are imported
     if what == "-m":

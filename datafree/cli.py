@@ -157,8 +157,8 @@ class Parser(argparse.ArgumentParser):
         self.script, self.paper = Path(script).stem, paper
 
     def error(self, message: str) -> NoReturn:
-        text = f"{self.prog}: error: {one_line(message)} (see --help)\n"
-        self.exit(2, text if distributed.complains() else None)
+        distributed.complain(f"{self.prog}: error: {one_line(message)} (see --help)")
+        self.exit(2)
 
     def add(self, *rows: tuple[str, str, dict], group: argparse._ActionsContainer | None = None) -> None:
         """Flags of a table: names, help, and what else argparse is told."""
@@ -374,7 +374,6 @@ def silence() -> Iterator[None]:
 
 
 def _stop(message: str, code: int, delay: float = 0) -> None:
-    if distributed.complains():
-        print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
+    distributed.complain(f"{Path(sys.argv[0]).name}: {one_line(message)}")
     time.sleep(delay)
     sys.exit(code)

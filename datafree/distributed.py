@@ -11,6 +11,7 @@ import atexit
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -35,6 +36,7 @@ from models.generator import GeneratorA
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # while one unpacks data; a rank that dies ends the others at once, by torchrun
+SOON = timedelta(seconds=10)
 GONE = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "was aborted"
 LAUNCHED = dist.is_available() and dist.is_torchelastic_launched()
 RANK, SIZE, LOCAL_RANK, LOCAL_SIZE = (
@@ -51,16 +53,19 @@ def meet() -> None:
     """Meet the other processes, once."""
     global _store, _board
     if SIZE > 1 and not dist.is_initialized():
-        # torchrun's store outlives a restart: addresses that the ended processes left there are not for these.
-        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
-        _store = dist.PrefixStore(f"restart {RESTARTS}", store)
+        _store = _shared_store(PATIENCE)
         # gloo for a CPU's tensors, NCCL for GPUs'
-        dist.init_process_group(store=_store, rank=rank, world_size=size, timeout=PATIENCE)
+        dist.init_process_group(store=_store, rank=RANK, world_size=SIZE, timeout=PATIENCE)
         atexit.register(_end)
         # Only there can what another process wrote before be relied on to be seen before, without a fence.
         if LOCAL_SIZE == SIZE and (platform.system(), platform.machine()) == ("Linux", "x86_64"):
             file = from_first(_shared_file)
             _board = _Board(file) if file else None
+
+
+def _shared_store(timeout: timedelta) -> dist.Store:
+    # torchrun's outlives a restart: addresses that the ended processes left there are not for these.
+    return dist.PrefixStore(f"restart {RESTARTS}", next(rendezvous("env://", timeout=timeout))[0])
 
 
 def begin(args: Namespace) -> None:
@@ -110,12 +115,21 @@ def speaks() -> bool:
     return RANK == 0
 
 
-def complains() -> bool:
-    """Whether this process is to say what ended it: the first one that asks, for all."""
-    if dist.is_initialized():
+def complain(line: str) -> None:
+    """Say on stderr what ended the processes: the first one that comes here, for all.
+
+    None goes on, so to its end, before that is said: torchrun ends the others at once when it sees one end.
+    """
+    store, first = None, RANK == 0
+    if SIZE > 1:
         with suppress(RuntimeError):  # the store is gone where rank 0's machine is
-            return _store.add("complaints", 1) == 1
-    return RANK == 0
+            store = _store or _shared_store(SOON)
+            first = store.add("complaints", 1) == 1
+    if first:
+        print(line, file=sys.stderr, flush=True)
+    if store is not None:
+        with suppress(RuntimeError):
+            store.set("said", "") if first else store.wait(["said"], SOON)
 
 
 def lost(error: BaseException) -> bool:

@@ -234,6 +234,32 @@ def test_an_error_of_one_rank_ends_all_in_its_line(tmp_path):
     assert "exitcode  : 2" in end.stderr
 
 
+BEFORE_THEY_MEET = """
+import sys, time
+sys.path.insert(0, {root!r})
+from datafree import cli, distributed
+
+class Slow:
+    write, flush = lambda self, text: (time.sleep(0.7), sys.__stderr__.write(text)), sys.__stderr__.flush
+
+def parse_args():
+    time.sleep(1 if distributed.RANK == {late} else 0)
+    sys.stderr = Slow()
+    raise cli.UsageError("impossible: choose another")
+
+cli.cli(print, parse_args)
+"""
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_mistake_is_said_before_a_process_ends(late, tmp_path, forks, torchrun):
+    """The first process to end is what torchrun ends the others for, rank 0 and its messages too."""
+    script = tmp_path / "script.py"
+    script.write_text(BEFORE_THEY_MEET.format(root=str(HERE.parent), late=late))
+    end = forks.wait(torchrun(2, script))
+    assert end.code and end.stderr.count("script.py: impossible: choose another") == 1, end.stderr
+
+
 def test_mistakes_are_one_line(forks, torchrun):
     script = HERE.parent / "DAFL_train.py"
     for flags, text in (

@@ -8,8 +8,8 @@
 The algorithm is in DFAD_cifar.py. Published settings; the defaults of these flags are the data set's:
 {presets}
 
-The digits' setting is ours; the shell script adds --scheduler to it, without which the last epochs
-scatter by several points.
+The milestones, which --scheduler needs, are ours: the published ones lie behind the 40 epochs. So is the
+digits' setting; the shell script adds --scheduler to it, without which the last epochs scatter by several points.
 """
 
 import datafree.interrupt  # noqa: F401

@@ -33,7 +33,8 @@ Differences from the published code, which cannot run as it stands:
  3. Without test images (--dataset none) the score is the agreement with the teacher on wild images that were not
     selected, a thousand at the most; --selection all holds out evenly spread ones.
  4. The networks run in bfloat16 where the hardware has it, the scan included (--precision fp32).
- 5. Settings of data sets other than CIFAR are ours.
+ 5. Settings of data sets other than CIFAR are ours; CIFAR-100 has its own statistics, not CIFAR-10's.
+ 6. The first row of Q is made as the others.
 """
 
 import datafree.interrupt  # noqa: F401

@@ -1,6 +1,6 @@
 """ZSKT: Zero-shot Knowledge Transfer via Adversarial Belief Matching (Micaelli and Storkey, NeurIPS 2019), by MMRazor.
 
-    python teacher_train.py --dataset cifar10 --model resnet34
+    python teacher_train.py --dataset cifar10 --model resnet34 --recipe fast
     python ZSKT_train.py --dataset cifar10                 # 93.05 %: ResNet-34 -> ResNet-18
     python ZSKT_train.py --dataset digits                  # embedded data: two to eight minutes on one core
 

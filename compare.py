@@ -9,9 +9,10 @@
 
 Reads results/**/*.json, the result.json files of finished runs, and the cells of papers.py, which say what makes a run
 a run of a cell. Flags that differ otherwise, such as fewer epochs, stand beside the number. Runs that differ in their
-seed only are one row: mean and, from two on, standard deviation. Best is the best epoch on the test set, as the papers
-report, last is what one gets; scores are in percent, mIoU too. Why runs differ from the paper is told by hand in
-results/why.csv: cells (or "METHOD on DATA" of no cell), and in words what it is and how it was tested.
+seed only, or in the precision that the hardware chose, are one row: mean and, from two on, standard deviation. Best is
+the best epoch on the test set, as the papers report, last is what one gets; scores are in percent, mIoU too. Why runs
+differ from the paper is told by hand in results/why.csv: cells (or "METHOD on DATA" of no cell), and in words what it
+is and how it was tested.
 """
 
 import datafree.interrupt  # noqa: F401
@@ -48,9 +49,11 @@ MEASURED = {k: k for k in ("last", "best", "standard_error", "mean")} | dict(
     teacher_score="teacher_accuracy", minutes="seconds", synthesis_minutes="synthesis_seconds"
 )
 PAGES = sorted({*papers.PAPERS.values()})
-RULE = f"""**reproduced**: the best score of runs with the cell's own flags is at least the published one less
-{papers.MARGIN:g} point; **partly**: there are runs, but shorter or otherwise different ones, or they fall short; **not
-yet**: no run. The number is our best beside the published one, of the run nearest to it."""
+RULE = f"""**reproduced**: the best epoch of runs with the cell's own flags, in the mean, is at least the published
+score less {papers.MARGIN:g} point; **partly**: there are runs, but shorter or otherwise different ones, or they fall
+short; **not yet**: no run. The number is our best beside the published one, of the runs nearest to it, ± their standard
+deviation. A row of several teacher-student pairs has the number of the first one that was run, and is "partly" unless
+all pairs have the same verdict; a teacher's run counts for each cell that names the teacher."""
 TOP = """# Results beside the papers'
 
 Written by `python compare.py` from the records under `results/`: {coverage} have a run of ours. All
@@ -349,9 +352,11 @@ BENCHMARK_TOP = """# DFD-10: what each method reaches in the same few steps
 Written by `python compare.py --benchmark` from the records in this folder; [the protocol](../../benchmarks/README.md)
 says what is fixed. In percent of the test images, ± the standard deviation over n seeds; "last tenth" is the mean ± the
 standard deviation over the last tenth of the epochs, of all seeds. "Agrees" is how often the student says what the
-teacher says of test images. Seconds are those of synthesis, and of all the rest; they, the memory and the hardware are
-of the runs like the first seed's. On the H200 up to nine other runs were on the same GPU, and some on the EPYC were
-stopped now and then while other things were timed: such seconds are upper bounds. A picture has one hardware's runs.
+teacher says of test images. Seconds are those of synthesis, and of all the rest; they and the memory are means over the
+seeds that ran on the hardware named, the first seed's. On mnist most rows have other seeds from other hardware, which
+rounds and draws differently: ± holds that, too. On the H200 up to nine other runs were on the same GPU, and some on the
+EPYC were stopped now and then while other things were timed: such seconds are upper bounds. A picture has one
+hardware's runs.
 """
 BENCHMARK = {
     "method": "method", "last": "last", "last tenth": "tenth", "best": "best", "s.e.": "standard_error", "n": "n",

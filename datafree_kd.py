@@ -54,6 +54,9 @@ Differences from the published code (--as_published brings 1 to 4 and 6 back):
  6. nayer: the student is in eval mode while all batches of a round are made, not the first alone; a
     generator begins anew every --g_life epochs, not at such distances from the warm-up's end, too.
     Text features, the paper's embeddings, are --label_embedding FILE.npy; orthogonal rows need no file.
+Kept as published: nayer's random labels behind the whole turns of a batch may be equal, and then so are
+their images; on Tiny ImageNet it mirrors images during synthesis, too, which was not meant. The table's
+DeepInv-2k on ImageNet made 140k images, --n_epochs 1400 here; how many passes it took is not known.
 """
 
 import datafree.interrupt  # noqa: F401

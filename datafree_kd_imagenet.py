@@ -38,10 +38,11 @@ Differences from the published code:
  3. Both phases are one run. How long the first was is not known; its adversarial term, 0.01 or
     none, is none. With 1,400 rounds it makes the table's 140k images; the second phase, with
     the published settings, adds 400k. The pool then has 81 GB, in memory and on disk.
- 4. Learning rates fall at fractions of --n_epochs: the published 120, 150 and 180 are of 200.
- 5. Reptile's difference is taken once, as published here; datafree_kd.py --is_maml 0 takes it 67
+ 4. Reptile's difference is taken once, as published here; datafree_kd.py --is_maml 0 takes it 67
     times, as published there. Adam hardly tells them apart.
- 6. The test is on whole central squares, not on the central 7/8 of them.
+ 5. The test is on whole central squares, not on the central 7/8 of them.
+The learning rate falls along a cosine to 0, as it does in the published logs; the milestones that are
+published, 120, 150 and 180, have no effect there. bn_mmt is theirs, too.
 """
 
 import datafree.interrupt  # noqa: F401
@@ -55,7 +56,7 @@ import papers
 from datafree.cli import PICTURES, Parser, cli, describe_presets, number
 from datafree.errors import UsageError
 from datafree.hooks import BatchNormHooks
-from datafree.runtime import Stopwatch, lr_at, make_optimizer, set_lr
+from datafree.runtime import Stopwatch, cosine_at, make_optimizer, set_lr
 from datafree.session import Session
 from datafree.synthesis import FLAGS, IMAGENET, FastLatents
 from datafree_kd import check_rounds, distill, make_images, make_synthesizer
@@ -89,7 +90,7 @@ def train_epoch(epoch: int, s: Session, synthesizer: FastLatents, optimizer: Opt
     """args.ep_steps // args.kd_steps rounds; returns the mean of each loss."""
     args = s.args
     rounds = args.ep_steps // args.kd_steps
-    set_lr(optimizer, lr_at(epoch, args.lr, args.n_epochs, args.milestones))
+    set_lr(optimizer, cosine_at(epoch, args.lr, args.n_epochs, 0))
     total = {f"loss_{term}": 0.0 for term in synthesizer.terms if getattr(args, term)} | {"loss_kd": 0.0}
     for _ in range(rounds):
         losses = make_images(s, synthesizer, True, timer)

@@ -56,12 +56,15 @@ DFAD = {"mnist": "DFAD_mnist", "cifar10": "DFAD_cifar", "cifar100": "DFAD_cifar"
 OF_ONE = ("DFAD_camvid_deeplab", "DFAD_nyu_deeplab", "datafree_kd_imagenet")
 # Method of the tables -> flags of datafree_kd.py.
 FAST = {
-    "DAFL": "--method dafl", "ZSKT": "--method zskt", "DFQ": "--method dfq", "DeepInversion": "--method deepinv",
-    "DeepInv-2k": "--method deepinv --g_steps 2000", "CMI-500": "--method cmi --g_steps 500",
+    "DAFL": "--method dafl", "ZSKT": "--method zskt", "DFQ": "--method dfq", "CMI-500": "--method cmi --g_steps 500",
+    # DFND's "DeepInversion" has the score of the other table's "DeepInv-2k".
+    **dict.fromkeys(("DeepInv-2k", "DeepInversion"), "--method deepinv --g_steps 2000"),
     **{f"Fast-{n}": f"--method fast_meta --g_steps {n}" for n in (2, 5, 10)},
 }  # fmt: skip
 # NAYER-n: n epochs behind 20 of warm-up.
 NAYER = {f"NAYER-{n}": f"--method nayer --n_epochs {n + 20} --warmup 20" for n in (100, 200, 300)}
+# A file that one has to have: the cells' commands run without it.
+EMBEDDING = dict(label_embedding="CLIP's text features")
 UNKNOWN = "the figure does not say with which settings NAYER's authors ran Fast-Datafree"
 WITHOUT = {
     "Meta data": "another paper's method (Lopes et al. 2017), which needs the teacher's activation statistics",
@@ -116,8 +119,9 @@ class Cell:
 
     @functools.cached_property
     def args(self) -> dict:
-        """The parsed flags of the command, as a record has them."""
-        return _as_recorded(parse(self.script, self.flags))
+        """The parsed flags of the command, as a record has them, and what is published instead of a default of ours."""
+        args = _as_recorded(parse(self.script, self.flags))
+        return args | (EMBEDDING if args.get("method") == "nayer" and not self.exact else {})
 
     @property
     def _identity(self) -> tuple[str, ...]:
@@ -239,7 +243,7 @@ def _command(paper: str, dataset: str, method: str) -> str:
     """The script of a method with a teacher, and its flags but for data and networks."""
     related, unrelated = TRANSFER.get(dataset, (None, None))
     transfer = {
-        "KD original data": "original", "KD-ORI": "original", "KD": "original --alpha 0.9 --beta 0.1",
+        "KD original data": "original", "KD-ORI": "original", "KD": "original --beta 0.1",
         "Random noise (normal distribution)": "noise", "RANDOM": "noise", "KD alternative data (USPS)": "usps",
         "KD alternative data (similar)": related, "KD-REL": related, "KD-UNR": unrelated, "Places365+KD": "places365",
     }  # fmt: skip

@@ -4,7 +4,7 @@
     python vanilla_kd.py --dataset mnist --transfer_set noise       # "Random noise", RANDOM
     python vanilla_kd.py --dataset mnist --transfer_set svhn        # related or unrelated data,
     python vanilla_kd.py --dataset mnist --transfer_set my/images   #   KD-REL, KD-UNR
-    python vanilla_kd.py --dataset mnist --alpha 0.9 --beta 0.1     # with labels: "KD"
+    python vanilla_kd.py --dataset mnist --beta 0.1                 # with labels: "KD"
     python vanilla_kd.py --dataset mnist --scratch                  # labels only: "Student"
 
 The student learns alpha T^2 KL(teacher / T || student / T) + beta CE(student, label); labels exist in the original set
@@ -12,14 +12,15 @@ only, so --beta needs it. Noise is drawn anew from N(0, 1) in the space of the t
 images an epoch as the original set has. Images of another set are brought to the teacher's size and channels and
 normalised with its statistics.
 
-Presets (flags override them), SGD with momentum 0.9; "folder" has what Fast-Datafree published for CIFAR. The teacher
-is that of --teacher_recipe, checkpoints/<dataset>-<teacher>-<recipe>.pt:
+Presets (flags override them), SGD with momentum 0.9; "folder" has what Fast-Datafree published for CIFAR, where T is 1.
+The teacher is that of --teacher_recipe, checkpoints/<dataset>-<teacher>-<recipe>.pt:
 {presets}
 
 Differences from the published code:
  1. The settings of the small grey sets and of CelebA are ours, as no paper names them.
  2. Which sets are related and unrelated is left to the user, where the tables do not name them.
- 3. The teacher's BatchNorms are folded into its convolutions: the same logits up to rounding, faster.
+ 3. ImageNet's random resized crops are of the central square.
+ 4. The teacher's BatchNorms are folded into its convolutions: the same logits up to rounding, faster.
 """
 
 import datafree.interrupt  # noqa: F401
@@ -34,7 +35,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import papers
-from data import DATASETS, get_wild, preset_of
+from data import DATASETS, SOURCES, get_wild, preset_of
 from datafree.augment import Transform
 from datafree.cli import Parser, cli, describe_presets, path_word
 from datafree.distributed import share, whole
@@ -43,14 +44,14 @@ from datafree.runtime import lr_at, make_optimizer, set_lr
 from datafree.session import Session
 
 CIFAR = dict(optimizer="sgd", lr=0.1, weight_decay=1e-4, batch_size=128, n_epochs=200, milestones=[0.6, 0.75, 0.9],
-             alpha=1.0, beta=0.0, T=4.0)  # fmt: skip
-GREY = CIFAR | dict(optimizer="adam", lr=1e-3, weight_decay=0.0, batch_size=256, n_epochs=10, milestones=[])
+             alpha=1.0, beta=0.0, T=1.0)  # fmt: skip
+GREY = CIFAR | dict(optimizer="adam", lr=1e-3, weight_decay=0.0, batch_size=256, n_epochs=10, milestones=[], T=4.0)
 PRESETS = {
     "mnist": GREY,
     "digits": GREY | dict(lr=2e-3, batch_size=64, n_epochs=40),
     "folder": CIFAR,
     "imagenet": CIFAR | dict(batch_size=100),
-    "celeba": CIFAR | dict(optimizer="adam", lr=1e-4, weight_decay=0.0, n_epochs=20),
+    "celeba": CIFAR | dict(optimizer="adam", lr=1e-4, weight_decay=0.0, n_epochs=20, T=4.0),
 }
 TRANSFER = (
     ("--transfer_set", f"original, noise, another data set ({', '.join(DATASETS)}), or a folder or zip of images at "
@@ -122,7 +123,8 @@ def train_epoch(s: Session, optimizer: Optimizer, batches: Iterable, transform: 
 def main(args: Namespace) -> dict:
     """Distil or evaluate; returns the content of result.json."""
     noise, original = (args.transfer_set == name for name in ("noise", "original"))
-    s = Session(args, papers.published(args), train=noise or original, taught=args.alpha > 0)
+    area = SOURCES[args.dataset].least_area(args.img_size)
+    s = Session(args, papers.published(args), train=noise or original, taught=args.alpha > 0, area=area)
     if s.result:
         return s.result
     data, device, facts = s.data, s.runtime.device, {}

@@ -31,7 +31,8 @@ class Source:
 
     load: (root, splits, download, attribute) -> ``Raw`` with the splits asked for, ("train", "test") or ("test",).
     img_size: None for that of the images. mean, std: None to compute them from the train split.
-    crop: training pads by the size over `pad`, an eighth if not said otherwise, and crops at random.
+    crop: training pads by the size over `pad`, an eighth if not said otherwise, and crops at random. area: instead, at
+    the data set's own size, classifiers learn from random boxes of at least this share of an image, stretched.
     pair: names of the default teacher and student. like: the data set whose presets it takes where it has none of its
     own. paper: what the papers call it.
     """
@@ -47,6 +48,11 @@ class Source:
     like: str = "folder"
     paper: str | None = None
     pad: int = 8
+    area: float | None = None
+
+    def least_area(self, img_size: int | None) -> float | None:
+        """`area` for images of this size, None for the data set's own; None where they are padded and cropped."""
+        return self.area if img_size in (None, self.img_size) else None
 
     def padding(self, img_size: int) -> int:
         """The pixels that training pads images of this size by, on each side."""
@@ -74,8 +80,7 @@ SOURCES: dict[str, Source] = {
     "tiny-imagenet": Source(
         sources.load_tiny_imagenet, 64, 3, HALF, HALF, True, True, ("resnet34", "resnet18"), pad=16
     ),
-    # The published training crop is a random resized one.
-    "imagenet": Source(sources.load_imagenet, 224, 3, *IMAGENET, True, True, RESNET50, paper="ImageNet"),
+    "imagenet": Source(sources.load_imagenet, 224, 3, *IMAGENET, True, True, RESNET50, paper="ImageNet", area=0.08),
     "folder": Source(load_folder, crop=True, flip=True),
 }
 DATASETS = SOURCES.keys()  # a live view: what is registered later belongs to it

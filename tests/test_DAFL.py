@@ -94,7 +94,7 @@ def test_published_presets():
         mmrazor.n_epochs,
         mmrazor.iterations,
         mmrazor.batch_size,
-    ) == (6, "adamw", 0.1, "adamw", 1e-3, 500, 250, 120, 2048)
+    ) == (6, "adamw", 0.1, "adamw", 1e-3, 500, 200, 150, 2048)
 
 
 def test_milestones_scale_with_the_epochs():

@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision import datasets as tv
 from torchvision.datasets import utils as tv_utils
 
-from data import DATASETS, DataError, FileSplit, TensorSplit, get_dataset, split_caltech101, splits
+from data import DATASETS, SOURCES, DataError, FileSplit, TensorSplit, get_dataset, split_caltech101, splits
 from data.sources import CIFAR10_CLASSES, split_class
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -574,6 +574,7 @@ def test_imagenet(tmp_path, place, second):
     assert x.shape == (3, 3, 224, 224) and y.tolist() == [0, 0, 1]
     small = get_dataset("imagenet", tmp_path, img_size=32)
     assert small.train.images.shape == (4, 3, 32, 32) and small.padding == 4
+    assert [SOURCES["imagenet"].least_area(size) for size in (None, 224, 32)] == [0.08, 0.08, None]
     (root / "train" / "n01" / "0.png").unlink()
     (root / "train" / "n01" / "1.png").unlink()
     expect_error("no images", root / "train" / "n01", name="imagenet", root=tmp_path)

@@ -98,8 +98,8 @@ def test_published_settings():
     # fmt: off
     shared = dict(synthesis_batch_size=100, batch_size=100, g_steps=50, lr_g=2e-4, lr_z=0.01, meta_lr_g=1e-4,
                   meta_lr_z=5e-3, z_rounds=50, bn=0.1, oh=0.1, T=5, n_epochs=400, ep_steps=1000, kd_steps=100, lr=0.1,
-                  weight_decay=1e-4, reptile_factor=1, is_maml=0, bn_mmt=0, phase1_rounds=1400,
-                  milestones=[0.6, 0.75, 0.9], teacher="resnet50_imagenet", dataset="imagenet")
+                  weight_decay=1e-4, reptile_factor=1, is_maml=0, bn_mmt=0.9, phase1_rounds=1400,
+                  teacher="resnet50_imagenet", dataset="imagenet")
     # fmt: on
     for student, adv in (("resnet18_imagenet", 1.0), ("resnet50_imagenet", 0.1), ("mobilenetv2", 0.1)):
         found = vars(datafree_kd_imagenet.parse_args(["--student", student]))

@@ -43,7 +43,7 @@ RECIPES = {  # table's source and data set -> how its networks were trained on t
 METHODS = {  # method, or source and method -> script and what its parsed flags have
     "KD original data": ("vanilla_kd", dict(transfer_set="original", alpha=1, beta=0)),
     "KD-ORI": ("vanilla_kd", dict(transfer_set="original")),
-    "KD": ("vanilla_kd", dict(transfer_set="original", alpha=0.9, beta=0.1)),
+    "KD": ("vanilla_kd", dict(transfer_set="original", alpha=1, beta=0.1, T=1)),
     "Random noise (normal distribution)": ("vanilla_kd", dict(transfer_set="noise")),
     "RANDOM": ("vanilla_kd", dict(transfer_set="noise")),
     "KD alternative data (USPS)": ("vanilla_kd", dict(transfer_set="usps")),
@@ -53,11 +53,11 @@ METHODS = {  # method, or source and method -> script and what its parsed flags 
     "Places365+KD": ("vanilla_kd", dict(transfer_set="places365")),
     "Random wild images": ("DFND_train", dict(selection="random", num_select=600_000)),
     "DFND": ("DFND_train", dict(selection="lowest", num_select=600_000)),
-    "DeepInversion": ("datafree_kd", dict(method="deepinv", g_steps=1000)),
+    "DeepInversion": ("datafree_kd", dict(method="deepinv", g_steps=2000)),
     "DAFL": ("DAFL_train", dict(variant="dafl")),
     "DFAD": ("DFAD", {}),
-    ("MMRazor DAFL", "DAFL"): ("DAFL_train", dict(variant="mmrazor", batch_size=2048, T=6, n_epochs=250)),
-    ("MMRazor DFAD", "DFAD"): ("DFAD", dict(variant="mmrazor", batch_size=256)),
+    ("MMRazor DAFL", "DAFL"): ("DAFL_train", dict(variant="mmrazor", T=6, batch_size=2048, iterations=150)),
+    ("MMRazor DFAD", "DFAD"): ("DFAD", dict(variant="mmrazor", batch_size=256, n_epochs=100, epoch_itrs=250)),
     ("MMRazor ZSKT", "ZSKT"): ("ZSKT_train", dict(batch_size=128)),
     ("Fast-Datafree", "DAFL"): ("datafree_kd", dict(method="dafl", act=0.001, balance=20, kd_steps=5, n_epochs=200)),
     "ZSKT": ("datafree_kd", dict(method="zskt", adv=1, kd_steps=5, n_epochs=200)),
@@ -166,6 +166,10 @@ def test_what_is_published_for_a_run():
     }
     assert published(*fast, "deepinv", "--g_steps", "2000") == {"fast-18": ""}
     assert published(*fast, "deepinv", "--g_steps", "1000") == {"fast-18": "--g_steps 1000 (2000)"}
+    nayer = ("--dataset", "cifar100", "--teacher", "wrn40_2", "--student", "wrn16_2", "--method", "nayer")
+    differs = "--n_epochs 40 (120), --warmup 2 (20), --label_embedding orthogonal (CLIP's text features)"
+    found = published("datafree_kd.py", *nayer, "--teacher_recipe", "nayer", "--n_epochs", "40")
+    assert found["nayer-01"] == differs  # text features are the published embeddings, without which it runs, too
     (cell,) = papers.published(papers.parse("DAFL_train.py", ["--dataset", "mnist"]))
     assert (cell["cell"], cell["source"], cell["table"], cell["value"]) == ("dafl-13", "DAFL", "Table 1", 98.2)
     assert published("DAFL_train.py", "--dataset", "mnist", "--precision", "bf16") == {"dafl-13": "bf16 (fp32)"}

@@ -166,15 +166,14 @@ FLAGS = {
     "reset_l0": "1: redraw the generator's first layer in mid-run",
     "reset_bn": "1: redraw the generator's BatchNorm layers in mid-run",
     "is_maml": "1: first-order MAML, 0: Reptile",
-    "milestones": "lr x 0.1 at these fractions of the epochs",
     "phase1_rounds": "rounds without a student before the first epoch",
     "meta_lr_g": "learning rate of the common generator", "meta_lr_z": "learning rate of the common latents",
     "z_rounds": "rounds with the same common latents", "reptile_factor": "of Reptile's meta gradients",
 }  # fmt: skip
 # The published settings of datafree_kd_imagenet.py; adv is 1.0 where the student is a ResNet-18.
 IMAGENET = dict(n_epochs=400, ep_steps=1000, kd_steps=100, batch_size=100, lr=0.1, weight_decay=1e-4,
-                milestones=[0.6, 0.75, 0.9], criterion="kl", T=5.0, phase1_rounds=1400, synthesis_batch_size=100,
+                criterion="kl", T=5.0, phase1_rounds=1400, synthesis_batch_size=100,
                 g_steps=50, lr_g=2e-4, lr_z=0.01, meta_lr_g=1e-4, meta_lr_z=5e-3, z_rounds=50, reptile_factor=1.0,
-                is_maml=0, bn=0.1, oh=0.1, adv=0.1, bn_mmt=0.0, nz=256, ngf=64)  # fmt: skip
+                is_maml=0, bn=0.1, oh=0.1, adv=0.1, bn_mmt=0.9, nz=256, ngf=64)  # fmt: skip
 register("fast", Method(Fast, RECIPE, dict(meta=False, is_maml=0), adjust), FLAGS)
 register("fast_meta", Method(Fast, RECIPE | dict(is_maml=1), dict(meta=True), adjust))

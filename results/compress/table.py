@@ -16,7 +16,7 @@ def grid(rows: list[list[str]]) -> str:
 
 def distilled(folder: Path = HERE) -> str:
     """The commands from a teacher's file to a small network, and what came out."""
-    rows = [["teacher", "its file", "data", "teacher", "student", "in float32", "in int8", "agrees with the teacher",
+    rows = [["teacher", "its file", "data", "teacher", "student", "in float32", "in int8", "agrees on images made",
              "parameters", "bytes in int8", "epochs x steps", "of the recipe", "minutes"]]  # fmt: skip
     for path in sorted((folder / "whole").glob("*.json")):
         card = json.loads(path.read_text())
@@ -59,10 +59,12 @@ def table(folder: Path = HERE) -> str:
         rows.append([network, tested, first, *cells, ", ".join(f"{t:.2f}" for t in times)])
         if {"noise", "synthetic images"} <= means.keys():
             gain = means["synthetic images"] - means["noise"]
-            words = ("worse" if gain < -2 * max(errors) else "no better", "better")
-            better = f"are {words[gain > 2 * max(errors)]} than noise"
-            remarks.append(f"- {network}: synthetic images {better} (by {gain:+.2f} points; a standard error is "
-                           f"{max(errors):.2f}).")  # fmt: skip
+            side, error = "ahead of" if gain > 0 else "behind", max(errors)
+            clear = "" if abs(gain) > 2 * error else ", so that this may be chance"
+            remarks.append(
+                f"- {network}: synthetic images are {abs(gain):.2f} points {side} noise; a standard error is "
+                f"{error:.2f}{clear}."
+            )
     fewer = {}
     for path in sorted((folder / "ten_rounds").glob("*.json")):
         card = json.loads(path.read_text())

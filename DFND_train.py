@@ -56,8 +56,8 @@ import papers
 from data import DATASETS, FileSplit, TensorSplit, get_wild, imagenet_statistics, preset_of
 from datafree import checkpoint
 from datafree.augment import Transform
-from datafree.cli import Parser, cli, describe_presets, number, path_word, positive
-from datafree.distributed import apart, from_first, gather, share, total, turns
+from datafree.cli import Parser, cli, describe_presets, number, positive, set_word
+from datafree.distributed import apart, first_alone, from_first, gather, share, total, turns
 from datafree.errors import UsageError
 from datafree.losses import at_least_float32, kd_loss
 from datafree.resume import ANYTHING, difference
@@ -109,8 +109,7 @@ def parse_args(argv: Sequence | None = None) -> Namespace:
     args = p.parse_args(argv)
     if args.wild is None and not args.ckpt:
         p.error("--wild is missing: name a folder of images, a zip or a data set")
-    words = [path_word(args.wild or "")]
-    words += [path_word(args.wild_root or args.data_root)] if args.wild == "folder" else []
+    words = [set_word(args.wild or "", args.wild_root, args.data_root)]
     args = p.complete(args, preset_of(args.dataset, PRESETS), words=words, named=["wild"])
     if args.selection != "all":
         args.n_epochs = args.n_epochs or max_epoch(args.num_select) - 1
@@ -312,7 +311,9 @@ def main(args: Namespace) -> dict:
     if s.result:
         return s.result
     data, device = s.data, s.runtime.device
-    split, fingerprint = get_wild(args.wild, args.wild_root or args.data_root, data.img_size, data.channels)
+    with first_alone():
+        split, fingerprint = get_wild(args.wild, args.wild_root or args.data_root, data.img_size, data.channels)
+    args.wild_fingerprint = fingerprint  # a run goes on with the same images only
     if args.selection != "all" and len(split) < args.num_select:
         raise _too_few(args, f"{len(split):,} images")
     transform = s.transform

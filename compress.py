@@ -113,6 +113,7 @@ def parse_args(argv: Sequence | None = None) -> Namespace:
     ):  # fmt: skip
         if wrong:
             p.error(text)
+    args.images_root = args.data_root
     if args.test_images:
         args.dataset, args.data_root = "folder", args.test_images
     return args
@@ -281,7 +282,7 @@ def calibration_images(args: Namespace, s: Session) -> Tensor | None:
     shape, seeded = (s.data.channels, s.data.img_size, s.data.img_size), torch.Generator().manual_seed(args.seed)
     if args.calibrate_on == "noise":  # normal as the networks see it, as vanilla_kd.py's
         return (s.transform.denormalize(torch.randn(CALIBRATION, *shape, generator=seeded)) * 255).round().byte()
-    split, _ = get_wild(args.calibrate_on, args.data_root, s.data.img_size, s.data.channels)
+    split, _ = get_wild(args.calibrate_on, args.images_root, s.data.img_size, s.data.channels)
     rows = torch.randperm(len(split), generator=seeded)[:CALIBRATION]
     return next(iter(split.take(rows).batches(CALIBRATION)))[0]
 

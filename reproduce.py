@@ -135,7 +135,10 @@ def check(cell: papers.Cell, records: Sequence[dict], margin: float) -> bool:
 
 
 def commands(cell: papers.Cell, args: Namespace) -> list[list[str]]:
-    """The scripts and flags that are to be run: the teacher's, if its file is missing, and the cell's, seed by seed."""
+    """The scripts and flags that are to be run: the teacher's, if its file is missing, and the cell's, seed by seed.
+
+    A teacher's further seeds have a folder of weights each: students learn from the first one's.
+    """
     shared = [word for flag in SHARED if (value := getattr(args, flag)) for word in (f"--{flag}", value)]
     flags = [*cell.flags, *args.flags]
     own = papers.parse(cell.script, flags)  # a wrong flag ends it here, before hours of work
@@ -148,13 +151,21 @@ def commands(cell: papers.Cell, args: Namespace) -> list[list[str]]:
         file = next((place for place in (file, SHIPPED / file.name) if place.exists()), file)
         made += [] if file.exists() else [cell.training]
         flags += ["--teacher_ckpt", str(file)] if own.dataset == "none" else []
-    made += [[cell.script, *flags, *(["--seed", str(seed)] if seed else [])] for seed in range(args.seeds)]
-    return [[*command, *shared, "--resume"] for command in made]
+    made = [[*command, *shared] for command in made]
+    for seed in range(args.seeds):
+        more = ["--seed", str(seed)] if seed else []
+        if cell.script.startswith("teacher_train") and (seed := seed or own.seed):
+            more += ["--checkpoints", str(Path(args.checkpoints) / f"seed{seed}")]
+        made.append([cell.script, *flags, *shared, *more])
+    return [[*command, "--resume"] for command in made]
 
 
 def run(command: Sequence[str], out: str, time_limit: float | None) -> None:
     """Run a script, if nobody else does; its exit code, unless 0, is ours."""
-    with claimed(out, run_name(command)):
+    with claimed(out, name := run_name(command)):
+        # To resume what is not there would be to go on with a shorter run, which may be another cell's.
+        if not any((Path(out) / name / file).exists() for file in ("last.pt", "result.json")):
+            command = [word for word in command if word != "--resume"]
         if time_limit:
             left = time_limit - (time.monotonic() - STARTED) / 60
             if left <= 0:

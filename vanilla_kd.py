@@ -37,8 +37,8 @@ from torch.optim import Optimizer
 import papers
 from data import DATASETS, SOURCES, get_wild, preset_of
 from datafree.augment import Transform
-from datafree.cli import Parser, cli, describe_presets, path_word
-from datafree.distributed import share, whole
+from datafree.cli import Parser, cli, describe_presets, set_word
+from datafree.distributed import first_alone, share, whole
 from datafree.losses import kd_loss
 from datafree.runtime import lr_at, make_optimizer, set_lr
 from datafree.session import Session
@@ -75,7 +75,8 @@ def parse_args(argv: Sequence | None = None) -> Namespace:
     p.add_recipe(**RECIPE)
     p.add_run()
     args = p.parse_args(argv)
-    preset, source = preset_of(args.dataset, PRESETS), path_word(args.transfer_set)
+    preset = preset_of(args.dataset, PRESETS)
+    source = set_word(args.transfer_set, args.transfer_root, args.data_root)
     if args.scratch:
         preset, source = preset | dict(alpha=0.0, beta=1.0), "scratch"
         args.alpha = args.beta = None
@@ -135,7 +136,9 @@ def main(args: Namespace) -> dict:
         images, transform = data.train, s.transform
         if not original:
             where = args.transfer_set, args.transfer_root or args.data_root
-            images, fingerprint = get_wild(*where, data.img_size, data.channels)
+            with first_alone():
+                images, fingerprint = get_wild(*where, data.img_size, data.channels)
+            args.transfer_fingerprint = fingerprint  # a run goes on with the same images only
             facts = {"transfer_images": len(images), "transfer_fingerprint": fingerprint}
         batches = images.in_memory(IN_MEMORY).to(device).shuffled(args.batch_size, share)
     optimizer = make_optimizer(args.optimizer, s.student.parameters(), args.lr, args.weight_decay)

@@ -109,6 +109,7 @@ def main(args: Namespace) -> dict:
     images, facts = None, {}
     if not own:
         images, fingerprint = get_wild(args.transfer_set, args.data_root, args.crop, s.data.channels)
+        args.transfer_fingerprint = fingerprint  # a run goes on with the same images only
         images = images.in_memory(IN_MEMORY).to(s.runtime.device)
         facts = {"transfer_images": len(images), "transfer_fingerprint": fingerprint}
     size = len(s.data.train if own else images)

@@ -287,6 +287,14 @@ def path_word(path: str) -> str:
     return f"{Path(path).name}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:4]}"
 
 
+def set_word(name: str, root: str | None, data_root: str) -> str:
+    """An image set, see `data.get_wild`, as a word of a run's name; of the sets below other roots each has its own."""
+    if name == "folder":
+        return f"folder-{path_word(root or data_root)}"
+    own = not root or name in (*DATASETS, "original", "noise")
+    return path_word(name if own else str(Path(root) / name))
+
+
 def describe_presets(presets: Mapping[str, Mapping]) -> str:
     """Presets (name -> flag -> value) as indented lines for --help; equal ones stand together."""
     texts = {}
@@ -348,7 +356,8 @@ def cli(main: Callable, parse_args: Callable) -> None:
     except (UsageError, DataError, NetworkError) as error:
         _stop(error, 2)
     except TimeLimit as limit:
-        _stop(limit, 75)
+        # torchrun would start a job that fails again.
+        _stop(limit, 0 if distributed.RESTARTS < distributed.MOST_RESTARTS else 75)
     except OSError as error:
         cure = "see that it is there and can be read and written, that there is room, or choose another --out"
         what = f"{error.strerror or error}: {error.filename or 'a file of this run'}"

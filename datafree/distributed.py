@@ -43,20 +43,26 @@ RANK, SIZE, LOCAL_RANK, LOCAL_SIZE = (
     int(os.environ.get(name, other)) if LAUNCHED else other
     for name, other in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
 )
-RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if LAUNCHED else 0
+RESTARTS, MOST_RESTARTS = (
+    int(os.environ.get(f"TORCHELASTIC_{name}", 0)) if LAUNCHED else 0 for name in ("RESTART_COUNT", "MAX_RESTARTS")
+)
 _store: dist.Store | None = None  # what the processes share; of this start of them
 _board: "_Board | None" = None  # where all are on one machine
+earlier = 0.0  # seconds that ended starts of this job took
 _joined = True  # whether networks give the whole batch's outputs
 
 
 def meet() -> None:
     """Meet the other processes, once."""
-    global _store, _board
+    global _store, _board, earlier
     if SIZE > 1 and not dist.is_initialized():
         _store = _shared_store(PATIENCE)
-        # gloo for a CPU's tensors, NCCL for GPUs'
-        dist.init_process_group(store=_store, rank=RANK, world_size=SIZE, timeout=PATIENCE)
+        # Where it is not said, PyTorch takes NCCL alone on a machine with GPUs: nothing for a CPU's tensors.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=_store, rank=RANK, world_size=SIZE, timeout=PATIENCE)
         atexit.register(_end)
+        now = time.time()
+        earlier = now - float(_store.underlying_store.compare_set("datafree began", "", repr(now)))
         # Only there can what another process wrote before be relied on to be seen before, without a fence.
         if LOCAL_SIZE == SIZE and (platform.system(), platform.machine()) == ("Linux", "x86_64"):
             file = from_first(_shared_file)
@@ -311,8 +317,13 @@ def pool_statistics(statistics: Tensor) -> Tensor:
 
 
 def join(network: nn.Module) -> None:
-    """Let a network give the whole batch's outputs for the rank's share of the images, and `synchronize` it."""
-    synchronize(network)
+    """Let a network give the whole batch's outputs for the rank's share of the images, and in train mode be in step.
+
+    Raises:
+        UsageError: see `synchronize`.
+    """
+    if network.training:
+        synchronize(network)
     if SIZE > 1:
         network.register_forward_hook(_gather_outputs)
 
@@ -351,10 +362,17 @@ def _add_gradients(optimizer: Optimizer, _args: tuple, _kwargs: dict) -> None:
 
 
 def synchronize(network: nn.Module) -> None:
-    """Let the BatchNorm layers of a network, in train mode, see the whole batch."""
+    """Let the BatchNorm layers of a network, in train mode, see the whole batch.
+
+    Raises:
+        UsageError: one of them is no plain BatchNorm2d: what it does besides, or how, is not known.
+    """
     for module in network.modules() if SIZE > 1 else ():
-        if isinstance(module, nn.BatchNorm2d):
+        if type(module) is nn.BatchNorm2d:
             module.__class__, module.process_group = BatchNorm2d, None
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) is not BatchNorm2d:
+            text = f"{type(module).__name__} would see a process's share of the batch only"
+            raise UsageError(f"{text}: start one process, or choose a network with plain BatchNorm2d")
         if isinstance(module, GeneratorA):
             module.whole = whole
 

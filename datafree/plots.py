@@ -12,7 +12,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from data import Segmentation
-from datafree.distributed import speaks
+from datafree.distributed import apart, speaks
 from datafree.errors import UsageError
 from datafree.runtime import Runtime
 
@@ -94,10 +94,12 @@ def side_by_side(
     """
     for network in networks.values():
         network.eval()
+    if not speaks():
+        return
     count = min(count, len(data.test))
     images = tqdm(data.test.whole(runtime.device), "side by side", total=count, leave=False, disable=None)
     for i, (x, y) in zip(range(count), images, strict=False):
-        with runtime.autocast():
+        with apart(), runtime.autocast():
             labels = [network(transform(x)).argmax(1) for network in networks.values()]
         parts = [x.float().cpu() / 255, *(data.paint(label) for label in (y, *labels))]
         save_image(torch.cat(parts, dim=3), folder / f"test{i:04}.png")

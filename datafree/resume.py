@@ -5,9 +5,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from datafree.checkpoint import is_plain
+from datafree.distributed import whole
 
 ABOUT = ("command", "commit", "versions", "hardware", "precision")  # what each piece of a run says of itself
 
@@ -15,7 +17,9 @@ ABOUT = ("command", "commit", "versions", "hardware", "precision")  # what each 
 def live_state(value) -> dict:
     """What a saved state of `value` is compared with: its own, and in an optimiser's "state" the parameters."""
     if isinstance(value, Optimizer):
-        return value.state_dict() | {"state": [p for group in value.param_groups for p in group["params"]]}
+        parameters = [p for group in value.param_groups for p in group["params"]]
+        # What is no parameter has a rank's own rows, and is saved whole.
+        return value.state_dict() | {"state": [p if isinstance(p, Parameter) else whole(p) for p in parameters]}
     return value.state_dict() | {name: live_state(getattr(value, name)) for name in getattr(value, "kept", ())}
 
 

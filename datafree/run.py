@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from datafree import checkpoint
+from datafree import checkpoint, distributed
 from datafree.cli import FREE, STARTED
 from datafree.distributed import fetch, from_first, speaks
 from datafree.errors import TimeLimit, UsageError
@@ -122,7 +122,7 @@ class Run:
         """Go on with the run that differs in being shorter only, if there is just one."""
         plain = re.compile(r"-n_epochs\d+")
         others = [p.parent for p in self.folder.parent.glob("*/last.pt")]
-        others = [p for p in others if plain.sub("", p.name) == plain.sub("", self.name) and self._is_shorter(p)]
+        others = [p for p in others if plain.sub("", p.name) == plain.sub("", self.name) and self._may_stretch(p)]
         if len(others) > 1:
             names = " or ".join(p.name for p in others)
             raise UsageError(f"--resume: which run is to go on, {names}? Rename its folder to {self.name}")
@@ -134,11 +134,23 @@ class Run:
                 result.rename(self.folder / f"result-{other.name}.json")
             print(f"{other.name} goes on as {self.name}: its schedule stretches")
 
-    def _is_shorter(self, folder: Path) -> bool:
-        # A folder that says nothing is not taken.
-        with contextlib.suppress(OSError, ValueError, TypeError, LookupError, RecursionError):
-            return json.loads((folder / "args.json").read_text())["n_epochs"] < self.args.n_epochs
+    def _may_stretch(self, folder: Path) -> bool:
+        """Whether a run's flags, data and teacher are this one's but for fewer epochs; one that says nothing is not."""
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            old = json.loads((folder / "args.json").read_text())
+            return old["n_epochs"] < self.args.n_epochs and not self._changed(old)
         return False
+
+    @property
+    def flags(self) -> dict:
+        """The run's flags as its files have them."""
+        now = {k: v for k, v in vars(self.args).items() if k not in ("script", "run_name", "command")}
+        return json.loads(json.dumps(now, default=str))
+
+    def _changed(self, old: dict) -> list[str]:
+        """The flags, and what stands for data and teacher, that are not those of `old`."""
+        free, flags = FREE | {"n_epochs", "teacher_ckpt", "cmi_init"}, self.flags
+        return [k for k, v in old.items() if k not in free and flags.get(k, v) != v]
 
     def start(self, **states) -> int:
         """Begin, or with --resume restore the named states; returns the epoch to start with.
@@ -148,8 +160,6 @@ class Run:
                 that has `flush()` keeps more in files of its own, which that writes.
         """
         self.states = states
-        now = {k: v for k, v in vars(self.args).items() if k not in ("script", "run_name", "command")}
-        self.flags = json.loads(json.dumps(now, default=str))
         if self.args.resume:
             fetch(self.last)
         if self.args.resume and self.last.exists():
@@ -191,10 +201,11 @@ class Run:
 
     def _compare(self, old: dict) -> None:
         """Raise UsageError where a flag, the data or the teacher is not the run's."""
-        free = FREE | {"n_epochs", "teacher_ckpt", "cmi_init"}
-        names = {"teacher_sha256": "the teacher's weights (SHA-256)", "fingerprint": "the data (fingerprint)"}
-        changed = [k for k, v in old.items() if k not in free and self.flags.get(k, v) != v]
-        changed = ", ".join(f"{names.get(k, f'--{k}')} was {old[k]}, not {self.flags[k]}" for k in changed)
+        names = {"teacher_sha256": "the teacher's weights (SHA-256)", "fingerprint": "the data (fingerprint)",
+                 "wild_fingerprint": "the wild set (fingerprint)",
+                 "transfer_fingerprint": "the transfer set (fingerprint)"}  # fmt: skip
+        flags = self.flags
+        changed = ", ".join(f"{names.get(k, f'--{k}')} was {old[k]}, not {flags[k]}" for k in self._changed(old))
         if changed:
             cure = "give the same again, or leave --resume out"
             raise UsageError(f"--resume with something else than the run's: {changed}: {cure}")
@@ -289,7 +300,8 @@ class Run:
         """
         now = time.monotonic()
         self.longest, self.epoch_started = max(self.longest, now - self.epoch_started), now
-        late = now + 1.1 * self.longest - STARTED > 60 * (self.args.time_limit or math.inf)
+        passed = now - STARTED + distributed.earlier
+        late = passed + 1.1 * self.longest > 60 * (self.args.time_limit or math.inf)
         if self.args.time_limit and from_first(lambda: late):
             text = f"time limit: stopped with a checkpoint after epoch {self.next_epoch}; --resume goes on"
             self.log(text)
@@ -332,7 +344,9 @@ class Run:
         checkpoint.write(self.folder / "metrics.csv", text.getvalue().encode())
 
     def images(self, name: str, x: Tensor) -> None:
-        """Write a grid of images (N, C, H, W) in 0..1 to samples/<name>.png, and to visdom."""
+        """Write a grid of images (N, C, H, W) in 0..1, if there are any, to samples/<name>.png, and to visdom."""
+        if not len(x):
+            return
         grid = make_grid(x.detach().float().cpu(), nrow=math.isqrt(len(x)))
         picture = io.BytesIO()
         save_image(grid, picture, format="png")

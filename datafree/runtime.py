@@ -95,6 +95,8 @@ def setup(args: argparse.Namespace) -> Runtime:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda":
         found = torch.cuda.device_count()
+        if SIZE > 1 and args.gpu is not None:
+            raise UsageError("--gpu names one GPU, and each process takes one of its own: leave it out")
         index = args.gpu or LOCAL_RANK
         if index >= found:
             text = f"GPU {index} was asked for and {found} can be used"

@@ -38,7 +38,10 @@ CASES = {
     "DAFL_train": (DAFL_train, "--n_epochs 1 --iterations 3 --batch_size 12 --nz 4"),
     "DAFL_train_folded": (DAFL_train, "--n_epochs 1 --iterations 3 --batch_size 12 --nz 1"),
     "DFAD_cifar": (DFAD_cifar, GAME),
-    "DFAD_camvid_deeplab": (DFAD_camvid_deeplab, f"{GAME} --img_size 32 --teacher tiny_seg --student tiny_seg"),
+    "DFAD_camvid_deeplab": (
+        DFAD_camvid_deeplab,
+        f"{GAME} --img_size 32 --teacher tiny_seg --student tiny_seg --save_img 1",
+    ),
     "ZSKT_train": (ZSKT_train, GAME),
     "DFND_train": (DFND_train, "--wild {out}/wild --num_select 24 --n_epochs 1 --batch_size 12"),
     "zskt": (datafree_kd, f"--method zskt {KD}"),

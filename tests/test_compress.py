@@ -117,6 +117,13 @@ def test_a_network_of_odd_style(name, method, kind, folder, tmp_path):
         assert Image.open(tmp_path / picture).size[0] > 100
 
 
+def test_images_to_calibrate_on_are_not_below_those_to_test_on(folder, tmp_path):
+    flags = ["--teacher", f"{folder / 'nets.py'}:batch", "--teacher_ckpt", folder / "batch.pt", *ABOUT]
+    flags += ["--test_images", tmp_path / "test", "--data_root", "all", "--int8", "--calibrate_on", "cifar10"]
+    args = compress.parse_args([*flags, "--out", tmp_path])
+    assert (args.dataset, args.data_root, args.images_root) == ("folder", str(tmp_path / "test"), "all")
+
+
 def test_a_saved_program_itself_in_int8(folder, tmp_path):
     net = checkpoint.read(folder / "batch.pt")
     compress_me = get_model(f"{folder / 'nets.py'}:batch", 10).eval()

@@ -13,7 +13,9 @@ import pytest
 import ranks
 import torch
 
-from datafree import checkpoint, distributed
+import teacher_train
+from datafree import checkpoint, distributed, runtime
+from datafree.errors import UsageError
 from datafree.losses import channel_statistics
 
 HERE = Path(__file__).resolve().parent
@@ -133,11 +135,15 @@ def test_a_killed_rank_restarts_the_job(tmp_path, forks, torchrun, in_processes)
     assert len(same) > 20 and all(same)
 
 
-@pytest.mark.parametrize("first, second", [(1, 2), (2, 1)])
-def test_another_number_of_ranks_goes_on(first, second, tmp_path, checkpoints, in_processes):
-    text = "--method cmi --dataset digits --teacher resnet8 --student resnet8 --batch_size 8 --synthesis_batch_size 8 "
-    text += "--ep_steps 1 --kd_steps 1 --warmup 0 --g_steps 1 --bank_size 40 --n_neg 8 --nz 4 --ngf 2 --device cpu"
-    command = [HERE.parent / "datafree_kd.py", *text.split(), "--out", tmp_path, "--checkpoints", checkpoints]
+CMI = "datafree_kd.py --method cmi --warmup 0 --bank_size 40 --n_neg 8"
+REPTILE = "datafree_kd_imagenet.py --phase1_rounds 0 --z_rounds 4"
+
+
+@pytest.mark.parametrize("script, first, second", [(CMI, 1, 2), (CMI, 2, 1), (REPTILE, 1, 2)])
+def test_another_number_of_ranks_goes_on(script, first, second, tmp_path, checkpoints, in_processes):
+    text = f"{script} --dataset digits --teacher resnet8 --student resnet8 --batch_size 8 --synthesis_batch_size 8 "
+    text += "--ep_steps 1 --kd_steps 1 --g_steps 1 --nz 4 --ngf 2 --device cpu"
+    command = [HERE.parent / text.split()[0], *text.split()[1:], "--out", tmp_path, "--checkpoints", checkpoints]
     images = []
     for n, epochs in ((first, 1), (second, 2)):
         end = in_processes(n, *command, "--n_epochs", epochs, "--resume")
@@ -258,6 +264,73 @@ def test_a_mistake_is_said_before_a_process_ends(late, tmp_path, forks, torchrun
     script.write_text(BEFORE_THEY_MEET.format(root=str(HERE.parent), late=late))
     end = forks.wait(torchrun(2, script))
     assert end.code and end.stderr.count("script.py: impossible: choose another") == 1, end.stderr
+
+
+FROZEN = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from torch import nn
+from datafree import distributed
+from datafree.errors import UsageError
+from datafree.fold import fold_batch_norm
+from models import get_model
+
+class Active(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+distributed.meet()
+torch.manual_seed(0)
+x, teacher = torch.rand(4, 3, 32, 32), get_model("resnet8").eval().requires_grad_(False)
+own = nn.Sequential(nn.Conv2d(3, 4, 1), Active(4)).eval()
+alone = teacher(x), own(x)
+for network in (teacher, own):
+    distributed.join(network)
+with distributed.apart():
+    folded = fold_batch_norm(teacher, x)
+share = distributed.share(x)
+assert folded is not teacher and torch.allclose(folded(share), alone[0], atol=1e-4)
+assert torch.equal(own(share), alone[1])
+try:
+    distributed.synchronize(own.train())
+except UsageError as error:
+    assert str(error).startswith("Active would see"), error
+else:
+    raise AssertionError
+"""
+
+
+def test_a_frozen_teacher_stays_as_it_is_and_folds(tmp_path, in_processes):
+    """Of a student BatchNorms that do something else besides are refused: in step they would lose it."""
+    script = tmp_path / "script.py"
+    script.write_text(FROZEN.format(root=str(HERE.parent)))
+    in_processes(2, script)
+
+
+@pytest.mark.parametrize("gpus, wanted", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_tensors_of_the_cpu_have_a_backend_beside_gpus(gpus, wanted, monkeypatch):
+    asked = []
+    monkeypatch.setattr(distributed, "SIZE", 2)
+    monkeypatch.setattr(distributed, "_shared_store", lambda timeout: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **_: asked.append(backend) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        distributed.meet()
+    assert asked == [wanted]
+
+
+def test_a_gpu_is_not_named_for_several_processes(monkeypatch):
+    monkeypatch.setattr(runtime, "SIZE", 2)
+    with pytest.raises(UsageError, match="each process takes one of its own: leave it out"):
+        runtime.setup(teacher_train.parse_args(["--gpu", "1"]))
+
+
+def test_a_time_limit_is_no_failure_that_starts_the_job_again(tmp_path, forks, torchrun):
+    again = ["--standalone", "--max-restarts", 3]
+    end = forks.wait(torchrun(2, *dafl(tmp_path, "--n_epochs", 3, "--time_limit", "0.0001"), flags=again))
+    assert end.code == 0 and end.stderr.count("time limit: stopped") == 1, end
+    assert checkpoint.read(next(tmp_path.glob("*/last.pt")))["epoch"] == 0
 
 
 def test_mistakes_are_one_line(forks, torchrun):

@@ -45,6 +45,12 @@ def test_such_a_device_notices_faults(tmp_path, forks):
     assert forks.run(tmp_path / "faulty", []).stdout == "aten.add.Tensor mixes tensors of fakegpu and of the CPU\n4\n"
 
 
+def test_a_pool_that_does_not_fit(tmp_path, checkpoints, forks):
+    argv = command(CASES["fast_meta"], tmp_path, checkpoints, "--n_epochs", "2", "--pool_size", "8")
+    waits(forks, "datafree_kd", argv)  # such a pool makes the host wait once a pass
+    assert (tmp_path / CASES["fast_meta"].folder("--n_epochs", "2") / "result.json").exists()
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_epochs_and_a_resumed_one(script, tmp_path, checkpoints, forks):
     cases = [case for case in CASES.values() if case.script.__name__ == script]

@@ -261,6 +261,9 @@ def test_commands_teacher_first_and_flags_for_all(tmp_path, monkeypatch):
     seeds = run(*flags, "--seeds", 3)
     names = [papers.parse(command[0], command[1:]).run_name for command in seeds]
     assert len({*names}) == 3 and [papers.parse(c[0], c[1:]).seed for c in seeds] == [0, 1, 2]
+    for more, wanted in ((("--seeds", 2), ["weights", "seed1"]), (("--seed", 2), ["seed2"])):
+        teachers = run("dafl-01", "--dry-run", "--checkpoints", weights, *more)
+        assert [Path(papers.parse(c[0], c[1:]).checkpoints).name for c in teachers] == wanted
 
 
 @pytest.mark.parametrize("cell", {c.script: c for c in RUNNABLE}.values(), ids=lambda cell: cell.script)
@@ -451,6 +454,13 @@ def test_exit_codes_of_runs(monkeypatch, tmp_path):
     flags = ("dafl-13", "--checkpoints", tmp_path, "--out", tmp_path)
     assert len(run(*flags, "--time_limit", "1000")) == len(calls) == 2
     assert all(float(command[-1]) < 1000 and command[-2] == "--time_limit" for command in calls)
+    # What is not there is not resumed: a shorter run, such as another cell's, would be stretched.
+    assert not any("--resume" in command for command in calls)
+    student = tmp_path / papers.find("dafl-13").args["run_name"]
+    student.mkdir()
+    (student / "last.pt").touch()
+    run(*flags)
+    assert "--resume" in calls[-1]
     for ended.returncode in (75, 2):
         calls.clear()
         assert code(*flags) == ended.returncode and len(calls) == 1

@@ -283,6 +283,22 @@ def test_more_epochs_go_on_with_the_shorter_run(tmp_path, checkpoints, capsys):
     )
 
 
+def test_a_shorter_run_of_other_flags_keeps_its_name(tmp_path, checkpoints):
+    """Such as another warm-up, which follows the number of epochs and is not in the name."""
+    argv = command(DAFL, tmp_path, checkpoints)
+    run(DAFL_train, *argv, "--n_epochs", "1")
+    flags = tmp_path / DAFL.folder("--n_epochs", "1") / "args.json"
+    flags.write_text(json.dumps(json.loads(flags.read_text()) | {"warmup": 3}))
+    result = run(DAFL_train, *argv, "--n_epochs", "2", "--resume")
+    assert [p["epochs"] for p in result["pieces"]] == [[1, 2]] and flags.with_name("result.json").exists()
+
+
+def test_a_warm_up_that_makes_nothing_has_no_pictures(tmp_path, checkpoints):
+    case = datafree("fast", f"{SMALL_GENERATOR} --bn 0 --oh 0 --sample_every 1")
+    run(datafree_kd, *command(case, tmp_path, checkpoints, "--n_epochs", "2"))
+    assert [p.name for p in (tmp_path / case.folder("--n_epochs", "2") / "samples").iterdir()] == ["epoch0002.png"]
+
+
 def test_pieces_say_what_really_happened(tmp_path, checkpoints, monkeypatch):
     """A run whose first epoch was computed elsewhere is labelled by both machines."""
     argv = command(DAFL, tmp_path, checkpoints)

@@ -504,6 +504,14 @@ def test_unseen_images_leave_no_trace(method, tmp_path):
     assert torch.equal(torch.cat(list(family.unseen())), made)
 
 
+def test_images_set_apart_by_deepinv_are_the_teachers_alone(tmp_path):
+    """So a resumed run, whose student knows more, has the same."""
+    family = tiny("deepinv", tmp_path)
+    made = torch.cat(list(family.unseen()))
+    family.apart, family.student = None, get_model("resnet8").eval()
+    assert torch.equal(torch.cat(list(family.unseen())), made)
+
+
 @pytest.mark.parametrize("method", FAMILIES)
 def test_a_resumed_synthesizer_goes_on_alike(method, tmp_path):
     """Also where the killed run made another round, and wrote its files, behind the checkpoint."""

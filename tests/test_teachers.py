@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import DAFL_train
@@ -13,6 +14,7 @@ import vanilla_kd
 from data import get_dataset
 from datafree import checkpoint, teachers
 from datafree.cli import path_word
+from datafree.errors import TimeLimit, UsageError
 from datafree.session import Session
 from models import get_model
 
@@ -165,7 +167,22 @@ def test_names_of_vanilla_kd():
     assert name("--alpha", "0.9", "--beta", "0.1") == start + "original-alpha_0.9-beta_0.1"
     paths = ("a/images", "b/images", "images")
     assert len({name("--transfer_set", path) for path in paths}) == 3
+    assert len({name("--transfer_set", "images", "--transfer_root", root) for root in "ab"}) == 2
+    assert len({name("--transfer_set", "folder", "--transfer_root", root) for root in "ab"}) == 2
     assert path_word("images") == "images" and path_word("a/images").startswith("images_")
+
+
+def test_a_run_goes_on_with_the_same_transfer_set_only(tmp_path, checkpoints):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(16):
+        Image.new("L", (32, 32), i).save(images / f"{i}.png")
+    flags = ("--transfer_set", images, "--batch_size", "8", "--n_epochs", "2", "--checkpoints", checkpoints)
+    with pytest.raises(TimeLimit):
+        run(vanilla_kd, tmp_path, *map(str, flags), "--time_limit", "0.0001")
+    (images / "0.png").unlink()
+    with pytest.raises(UsageError, match="the transfer set .fingerprint. was"):
+        run(vanilla_kd, tmp_path, *map(str, flags), "--resume")
 
 
 @pytest.mark.parametrize(("transfer_set", "train"), [("original", True), ("noise", True), ("usps", False)])

@@ -118,7 +118,8 @@ class Synthesizer:
         """n batches from the pool, augmented: normalised images (batch_size, C, H, W), and what tells them apart."""
         for rows, images in self.pool.batches(batch_size, n):
             images, form = self.transform.vary(images)
-            yield self.transform(images), None if form is None else rows * self.transform.forms + form
+            seen = None if form is None else rows.to(form.device, non_blocking=True) * self.transform.forms + form
+            yield self.transform(images), seen
 
     def pictures(self, n: int) -> Tensor:
         """The newest n images, (N, C, H, W) in 0..1."""

@@ -27,7 +27,15 @@ class DeepInversion(Synthesizer):
 
     def __init__(self, *networks: object, **settings: object):
         super().__init__(*networks, **settings)
-        self.student_hooks = BatchNormHooks(self.student)
+        self.student_hooks, self.alone = BatchNormHooks(self.student), False
+
+    def set_apart(self) -> Tensor:
+        """By the teacher alone, so that a resumed run, whose student knows more, makes the same."""
+        self.alone = True
+        try:
+            return super().set_apart()
+        finally:
+            self.alone = False
 
     def latents(self) -> Tensor:
         """What a round starts from: noise as normalised images (N, C, H, W)."""
@@ -61,12 +69,13 @@ class DeepInversion(Synthesizer):
         with self.runtime.autocast():
             with self.hooks.record(bool(self.bn)):
                 t_logits = self.teacher(seen)
-            if self.bn or self.is_on("adv", adversarial):
-                with self.student_hooks.record(bool(self.bn)):
+            student_bn = bool(self.bn) and not self.alone
+            if student_bn or self.is_on("adv", adversarial):
+                with self.student_hooks.record(student_bn):
                     s_logits = self.student(seen)
         return self.losses_of(
             adversarial,
-            bn=lambda: self.hooks.loss() - 0.001 * self.student_hooks.loss(),
+            bn=lambda: self.hooks.loss() - (0.001 * self.student_hooks.loss() if student_bn else 0),
             oh=lambda: F.cross_entropy(at_least_float32(t_logits), targets),
             adv=lambda: -js_loss(s_logits, t_logits),
             tv=lambda: mean(total_variation(x)),

@@ -6,8 +6,8 @@
     python compress.py --dataset digits --student same --int8 --out small          # no student: the teacher in int8
 
  1. The teacher is looked at: its logits, whether it has BatchNorm, whether {steps} steps make images of each class.
-    A network that was never trained, or whose weights, --mean and --std are not its own, is found here, not after
-    an hour; teacher_check.png shows the images.
+    A network that was never trained, or whose weights are not its own, is found here, not after an hour;
+    teacher_check.png shows the images. Other statistics than those of its training need not show: take care.
  2. The student learns from images that a generator makes: by fast_meta (datafree_kd.py, Fast-5) where the teacher has
     BatchNorm, whose statistics it reads, else by dafl (DAFL_train.py, without L_a), or by --method. The recipe is
     the published one; for grey images, or a student without BatchNorm, which diverges at its learning rates, that
@@ -58,7 +58,8 @@ from datafree.run import run_folder
 from datafree.runtime import commit, device_name
 from datafree.session import Session
 from datafree.synthesis import METHODS, Fast
-from models import MODELS, get_model
+from datafree.teachers import check_network, find_teacher
+from models import MODELS, get_model, is_program
 
 CHECK_STEPS, CALIBRATION = 20, 512
 SHARED = (
@@ -295,23 +296,34 @@ def write_files(
     Args:
         images: to compare these on. calibration: to measure int8's ranges on; uint8 (N, C, H, W), both.
     """
-    files, difference, lacking = {}, None, export.missing(export.ONNX_TOOLS)
-    checkpoint.save(dict(state_dict=network.state_dict(), metadata=metadata), Path(args.out) / "student.pt")
+    files, difference, lacking, out = {}, None, export.missing(export.ONNX_TOOLS), Path(args.out)
+
+    def write(name: str, content: bytes) -> None:
+        checkpoint.write(out / name, content)
+        files[name] = content
+
+    checkpoint.save(dict(state_dict=network.state_dict(), metadata=metadata), out / "student.pt")
     if lacks := export.missing(["safetensors"]):
         print(f"student.safetensors is left out: {lacks}")
     else:
-        files["student.safetensors"] = export.to_safetensors(network.state_dict(), metadata)
+        write("student.safetensors", export.to_safetensors(network.state_dict(), metadata))
     if lacking:
         print(f"student.onnx is left out: {lacking}")
     else:
         plain = export.Deployed(deepcopy(network).cpu(), s.transform.mean, s.transform.std)
         pixels = images[:64].cpu() if args.onnx_input == "uint8" else images[:64].cpu() / 255
-        files["student.onnx"], difference = export.to_onnx(plain, pixels)
-        print(f"student.onnx: its logits differ from PyTorch's by {difference:.1e} at most", flush=True)
-    if args.int8 and not lacking:
-        files["student.int8.onnx"] = export.to_int8(files["student.onnx"], calibration.cpu())
-    for name, content in files.items():
-        checkpoint.write(Path(args.out) / name, content)
+        try:
+            content, difference = export.to_onnx(plain, pixels)
+            write("student.onnx", content)
+            print(f"student.onnx: its logits differ from PyTorch's by {difference:.1e} at most", flush=True)
+        except UsageError as error:
+            if args.student == "same":  # there is nothing else to write
+                raise
+            print(f"student.onnx is left out: {error}")
+    if args.int8 and "student.onnx" in files:
+        write("student.int8.onnx", export.to_int8(files["student.onnx"], calibration.cpu()))
+    for name in {"student.safetensors", "student.onnx", "student.int8.onnx"} - files.keys():
+        (out / name).unlink(missing_ok=True)  # an earlier command's is of another network
     return files, difference
 
 
@@ -322,6 +334,8 @@ def main(args: Namespace) -> dict:
     # Any network stands in for a student that there is not, or that is not known yet.
     s = Session(datafree_kd.parse_args(shared(args, args.student if known else "wrn16_1")))
     args.teacher, out, made = s.args.teacher, Path(args.out), None
+    if not is_program(args.teacher):  # the scripts that distil may each look for another recipe's
+        args.teacher_ckpt = str(find_teacher(s.args))
     if args.num_classes not in (None, s.data.num_classes):
         text = f"--num_classes {args.num_classes}, but the data set has {s.data.num_classes} classes"
         raise UsageError(f"{text}: give the teacher's own data set, or none")
@@ -338,6 +352,7 @@ def main(args: Namespace) -> dict:
         content = checkpoint.read(run_folder(run) / "last.pt", s.runtime.device)
         network.load_state_dict(content["state_dict"])
         s.runtime.place(network.eval())
+        check_network(network, f"--student {args.student}", s.data, s.runtime)
         metadata = content["metadata"]
         synthetic, unseen = of_run(s, run, CALIBRATION)
     write_grid(out / "images.png", synthetic[:64] / 255)

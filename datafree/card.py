@@ -71,14 +71,14 @@ def describe(card: Mapping) -> str:
             f"{made['share_of_recipe']:.2%} of the recipe's length, {made['generated_images']:,} images, "
             f"{made['seconds']:.0f} s. `{made['run']}/` is that run; --minutes makes it longer."
         )
-    if card["calibrated_on"]:
+    if "student.int8.onnx" in card["bytes"]:
         text.append(f"The ranges of student.int8.onnx were measured on: {card['calibrated_on']}.")
     channels, side, _ = card["image"]
     takes, norm = f"(N, {channels}, {side}, {side})", f"mean {card['mean']} and std {card['std']}"
     if "student.onnx" in card["bytes"]:
         kind = "float32 in 0..1" if card["onnx_input"] == "float" else "uint8"
         text.append(
-            f"student.onnx (opset {card['opset']}) takes `pixels` {takes}, {kind}, any number N, and gives "
+            f"What ends in .onnx (opset {card['opset']}) takes `pixels` {takes}, {kind}, any number N, and gives "
             f"`logits` (N, {card['classes']}); {norm} are inside. The other files take images normalised by these."
         )
     else:

@@ -8,6 +8,7 @@ import pickle
 import platform
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Container
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def weights(content: object, path: str | Path, names: Container[str] = ()) -> di
         UsageError: there is none, or a tensor is not a plain one of finite real numbers.
     """
     if isinstance(content, dict):
-        for key in ("state_dict", "model", "model_state"):
+        for key in ("state_dict", "model_state_dict", "model", "model_state", "net", "network"):
             if isinstance(content.get(key), dict):
                 content = content[key]
                 break
@@ -123,8 +124,13 @@ def weights(content: object, path: str | Path, names: Container[str] = ()) -> di
                 if not is_plain(value) or value.is_complex() or not value.isfinite().all():
                     what = "is no plain tensor of finite numbers: export the weights again"
                     raise UsageError(f"checkpoint {path}: {key} {what}")
-            return {k if k in names else WRAPPED.sub("", k): v for k, v in content.items()}
-    raise UsageError(f"checkpoint {path} holds no state dict: save model.state_dict()")
+            state = OrderedDict((k if k in names else WRAPPED.sub("", k), v) for k, v in content.items())
+            # The versions of its layers, by which they read older files.
+            versions = getattr(content, "_metadata", None)
+            state._metadata = {WRAPPED.sub("", f"{k}.").rstrip("."): v for k, v in (versions or {}).items()}
+            return state
+    keys = f" under {', '.join(map(str, list(content)[:9]))}" if isinstance(content, dict) and content else ""
+    raise UsageError(f"checkpoint {path} holds no state dict{keys}: save model.state_dict()")
 
 
 def is_plain(value: Tensor) -> bool:
@@ -144,7 +150,7 @@ def load_weights(model: nn.Module, content: object, path: str | Path, architectu
     cure = "name the architecture that it was trained with"
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         wrong = [k for k, v in state.items() if k in own and own[k].shape != v.shape]
         last = next((k for k in reversed(own) if k.endswith("weight")), "")
         if wrong and last in state and state[last].dim() and all(k.startswith(last.rpartition(".")[0]) for k in wrong):

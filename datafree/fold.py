@@ -19,6 +19,8 @@ def fold_batch_norm(model: nn.Module, x: Tensor | None = None) -> nn.Module:
     try:
         graph = fx.Tracer().trace(model)
         folded = fuse(fx.GraphModule(model, graph), no_trace=True)  # a copy
+        for hook in model._forward_pre_hooks.values():  # what changes the images' order in memory
+            folded.register_forward_pre_hook(hook)
         for hook in model._forward_hooks.values():  # what reads the logits in its output
             folded.register_forward_hook(hook)
         folded.eval().requires_grad_(False)

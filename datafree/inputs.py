@@ -34,10 +34,15 @@ def open_data(args: argparse.Namespace, metadata: Mapping, train: bool = False, 
         known = metadata if args.dataset in ("none", "folder") else {}
         channels, num_classes = (args.channels, args.num_classes) if "channels" in args else (None, None)
         size, channels = args.img_size or known.get("img_size"), channels or known.get("channels")
+        if args.dataset in ("none", "folder"):
+            channels = channels or len(args.mean or ()) or None
         if args.dataset == "none":
             num_classes = num_classes or metadata.get("num_classes")
         about = args.dataset, args.data_root, size, channels, args.mean, args.std, args.attribute
         data = get_dataset(*about, train=train, num_classes=num_classes)
+        names = metadata.get("class_names", ())
+        if args.dataset == "none" and len(names) == data.num_classes:
+            data = replace(data, class_names=tuple(map(str, names)))
         if args.dataset == "none" and (source := SOURCES.get(metadata.get("dataset"))):
             data = replace(data, padding=source.padding(data.img_size), flip=source.flip)
     for key in ("mean", "std"):

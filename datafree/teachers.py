@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import MobileNet_V2_Weights, ResNet18_Weights, ResNet34_Weights, ResNet50_Weights
 
 from data import SOURCES
@@ -158,7 +158,7 @@ def load_teacher(
         text = f"teacher {path} was trained on images of {size} pixels, not {data.img_size}"
         raise UsageError(f"{text}: give --img_size {size}")
     names = known.get("class_names")
-    if names and data.name != "none" and list(names) != list(data.class_names):
+    if names and "none" not in (data.name, known.get("dataset")) and list(names) != list(data.class_names):
         classes = f"{_few(names)} of {known.get('dataset')}, not {_few(data.class_names)} of {args.dataset}"
         cure = "name its own data set (or --attribute), or another teacher"
         raise UsageError(f"teacher {path} knows the classes {classes}: {cure}")
@@ -171,6 +171,8 @@ def load_teacher(
 def check_network(network: nn.Module, what: str, data, runtime: Runtime) -> None:
     """Let a classifier, in eval mode, look at two images of the data's size, and a program at three.
 
+    One that cannot take images in channels_last, as where `view` flattens them, is brought back to PyTorch's order.
+
     Args:
         what: its flag and name. data: with num_classes, channels, img_size. runtime: where it lies.
 
@@ -179,12 +181,21 @@ def check_network(network: nn.Module, what: str, data, runtime: Runtime) -> None
     """
     training, program = network.training, isinstance(network, Program)
     network.eval()
+
+    def look() -> tuple[Tensor, Tensor]:
+        with runtime.autocast():
+            logits = network(images[:2])
+            return logits, network(images)[:2] if program else logits
+
     try:
         images = trial_images(data, runtime.device, 3)
         images[2] *= 5  # unlike the others
-        with runtime.autocast():
-            logits = network(images[:2])
-            again = network(images)[:2] if program else logits
+        before = images.clone()
+        try:
+            logits, again = look()
+        except RuntimeError:
+            network.to(memory_format=torch.contiguous_format).register_forward_pre_hook(_contiguous)
+            logits, again = look()
     except NetworkError as error:
         raise UsageError(f"{what} {error}") from error
     except torch.OutOfMemoryError:
@@ -195,6 +206,8 @@ def check_network(network: nn.Module, what: str, data, runtime: Runtime) -> None
         more = ", and export it for any number of images (dynamic_shapes)" * program
         raise UsageError(text + more) from error
     network.train(training)
+    if not torch.equal(images, before):
+        raise UsageError(f"{what} changes its images in place: write x = x - mean for x -= mean")
     logits, again = logits.float(), again.float()
     if logits.shape != (2, data.num_classes):
         text = f"{what} makes values of shape {list(logits.shape)} of two images, not [2, {data.num_classes}]"
@@ -208,11 +221,19 @@ def check_network(network: nn.Module, what: str, data, runtime: Runtime) -> None
         raise UsageError(f"{what} {text}: save it from model.eval()")
 
 
+def _contiguous(_network: nn.Module, given: tuple) -> tuple:
+    return given[0].contiguous(), *given[1:]
+
+
 def check_gradient(teacher: nn.Module, what: str, data, device: torch.device) -> None:
     """Raises UsageError unless a teacher tells a generator how to change the images; arguments as `check_network`'s."""
-    if not teacher(trial_images(data, device).requires_grad_()).requires_grad:
-        text = "passes no gradient on to the images, which teaches the generator: take no_grad out of its forward"
-        raise UsageError(f"{what} {text}")
+    try:
+        passed = teacher(trial_images(data, device).requires_grad_()).requires_grad
+        text = "take no_grad out of its forward"
+    except Exception as error:  # whatever a network's code raises
+        passed, text = False, f"its forward ends in {said(error, 0)}"
+    if not passed:
+        raise UsageError(f"{what} passes no gradient on to the images, which teaches the generator: {text}")
 
 
 def _few(names) -> str:

@@ -73,7 +73,11 @@ def word_of(name: str) -> str:
 def defaults_of(name: str) -> dict:
     """What timm says of the images that a network's weights were trained on: mean, std and img_size; else nothing."""
     place, inner = place_of(name) or ("", "")
-    config = _timm().get_pretrained_cfg(inner) if place == "timm" else None
+    try:
+        config = _timm().get_pretrained_cfg(inner) if place == "timm" else None
+    except RuntimeError as error:
+        cure = "leave out what follows the dot, or see timm's list_pretrained()"
+        raise NetworkError(f"{name}: {said(error)}: {cure}") from error
     return {"mean": config.mean, "std": config.std, "img_size": config.input_size[-1]} if config else {}
 
 
@@ -96,9 +100,15 @@ def build_outside(name: str, num_classes: int, channels: int | None = None) -> n
                 network = torchvision.models.get_model(inner, weights=None, num_classes=num_classes)
             else:
                 network = _call(_run(Path(place)), name, inner, num_classes=num_classes, channels=channels)
-        network.train()
+        if network.train() is not network:
+            raise NetworkError(f"{name} has a train() of its own that returns something else: end it with return self")
     except NetworkError:
         raise
+    except ImportError as error:
+        cure = "see that it runs by itself"
+        if (error.name or "").partition(".")[0] in ("models", "data", "datafree", "papers"):
+            cure = f"{error.name} is these scripts' own: put the network into one file"
+        raise NetworkError(f"{name} makes no network ({said(error)}): {cure}") from error
     except (Exception, SystemExit) as error:  # whatever somebody's code raises
         raise NetworkError(f"{name} makes no network ({said(error)}): see that it runs by itself") from error
     network.register_forward_hook(partial(_read, num_classes=num_classes))

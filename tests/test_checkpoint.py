@@ -77,6 +77,8 @@ def test_damaged_files_are_refused(tmp_path, monkeypatch):
         lambda state: {"state_dict": state, "epoch": 3},
         lambda state: {"model": state},
         lambda state: {"model_state": state},
+        lambda state: {"model_state_dict": state, "optimizer_state_dict": {}, "epoch": 3},
+        lambda state: {"net": state, "acc": 90.0},
         lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}},
     ],
 )
@@ -92,7 +94,7 @@ def test_published_wrappings_load(tmp_path, wrap):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"epoch": 3}, "no state dict"),
+        ({"epoch": 3, "weights": {}}, "no state dict under epoch, weights: save"),
         ([1, 2], "no state dict"),
         ({"state_dict": {}}, "no state dict"),
         (

@@ -109,6 +109,21 @@ def blind():
 
 def text():
     return "a network"
+
+class Whole(nn.Sequential):
+    def train(self, mode=True):
+        super().train(mode)
+
+def own_train():
+    return Whole(nn.Flatten(), nn.Linear(32 * 32, 10))
+
+class Shifted(nn.Sequential):
+    def forward(self, x):
+        x -= 0.5
+        return super().forward(x)
+
+def in_place():
+    return Shifted(nn.Flatten(), nn.Linear(32 * 32, 10))
 """
 TINY = "--n_epochs 1 --batch_size 16 --nz 8 --sample_every 0 --precision fp32".split()
 DAFL = [*TINY, "--iterations", "2"]
@@ -241,6 +256,13 @@ def test_torchvision(tmp_path, stops):
     assert "did you mean resnet18" in stops(DAFL_train, "--teacher", "torchvision:resnet17")
 
 
+def test_older_files_of_torchvision_say_their_version(tmp_path):
+    """MNASNet reads its files by it."""
+    network = get_model("torchvision:mnasnet0_5", 10)
+    torch.save({"model_state_dict": network.state_dict()}, tmp_path / "t.pt")
+    checkpoint.load_weights(network, checkpoint.read(tmp_path / "t.pt"), "t.pt", "mnasnet0_5")
+
+
 def test_timm(tmp_path, stops):
     pytest.importorskip("timm")
     name = "timm:test_vit"
@@ -254,6 +276,7 @@ def test_timm(tmp_path, stops):
     made = run(datafree_kd, tmp_path, *flags, *KD, "--method", "fast", "--mean", "0.4", "0.4", "0.4")
     assert checkpoint.read(tmp_path / made["name"] / "best.pt")["metadata"]["mean"] == [0.4] * 3
     assert "no classifier" in stops(DAFL_train, "--teacher", "timm:no_such_network")
+    assert "leave out what follows the dot" in stops(DAFL_train, "--teacher", "timm:resnet18.no_such_tag")
 
 
 def test_timm_that_is_not_there(monkeypatch, stops):
@@ -271,6 +294,7 @@ def test_timm_that_is_not_there(monkeypatch, stops):
         ("scripted", "returns a TopLevelTracedModule: let it return a torch.nn.Module, or save a program"),
         ("lazy", "has no weights yet: let its function run it once"),
         ("weightless", "has no weights yet"),
+        ("own_train", "has a train() of its own that returns something else: end it with return self"),
         ("seven", "(kopf.weight is [10, 8], not [7, 8])"),
         ("", "names no function"),
     ],
@@ -286,6 +310,7 @@ def test_functions_that_make_no_network(name, words, nets, tmp_path, stops):
         ("seven", "makes values of shape [2, 7] of two images, not [2, 10], as digits has classes"),
         ("fixed", "cannot take images of 1x32x32 (RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
         ("probabilities", "makes probabilities: let it return the logits"),
+        ("in_place", "changes its images in place: write x = x - mean for x -= mean"),
         ("two", "returns a dict of a, b, in which the logits (N, 10) are not found: return them alone"),
     ],
 )
@@ -304,6 +329,7 @@ def test_networks_that_do_not_fit_the_data(name, words, role, nets, tmp_path, st
         (b"def net(:\n", "SyntaxError"),
         (b"import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module'"),
         (b"import sys\nsys.exit('usage')\n", "SystemExit: usage"),
+        (b"from models import ResNet18\n", "models is these scripts' own: put the network into one file"),
         (b"\x00\xff", "makes no network"),
         (None, "does not exist or is no file"),
     ],

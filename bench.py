@@ -26,6 +26,7 @@ import datafree.interrupt  # noqa: F401
 import json
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -359,7 +360,7 @@ def measure(kind: str, label: str | None = None, count: int = 1) -> float:
 
 def memory_of(who: int) -> int:
     """The most bytes that this process, or one of its finished children, has had."""
-    return resource.getrusage(who).ru_maxrss * 1024
+    return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def finish(args: Namespace, runtime: Runtime, **figures: object) -> dict[str, object]:

@@ -79,18 +79,23 @@ def tries(cells: Sequence[papers.Cell], done: set[tuple[str, str]], out: str, mo
             yield dict(zip(COLUMNS, (cell.dataset, method, rate, f"{agreement:.2f}"), strict=True))
 
 
+def known_rates() -> list[dict]:
+    """The lines of rates.csv."""
+    return list(csv.DictReader(io.StringIO(papers.RATES.read_text()))) if papers.RATES.exists() else []
+
+
 def main(args: Namespace) -> None:
     """Search, and write each try as soon as it is known."""
     rows = {c.row["method"]: c for c in papers.benchmark(searched=False) if c.dataset == args.track}
     known = {method: cell for method, cell in rows.items() if method not in ("noise", "real", "wild")}
     if wrong := [m for m in args.method or () if m not in known]:
         raise UsageError(f"no {wrong[0]} to search for in {args.track}: choose from {', '.join(known)}")
-    lines = list(csv.DictReader(papers.RATES.open(newline=""))) if papers.RATES.exists() else []
-    done = {(line["method"], line["rate"]) for line in lines if line["track"] == args.track}
+    done = {(line["method"], line["rate"]) for line in known_rates() if line["track"] == args.track}
     where = ["--device", args.device, *(["--gpu", str(args.gpu)] if args.gpu is not None else [])]
     for line in tries([known[m] for m in args.method or known], done, args.out, where):
-        lines.append(line)
-        checkpoint.write(papers.RATES, as_csv(COLUMNS, lines).encode())
+        checkpoint.write(
+            papers.RATES, as_csv(COLUMNS, [*known_rates(), line]).encode()
+        )  # another search may write, too
         print("{track} {method}: rate {rate}, agreement {agreement}".format(**line), flush=True)
 
 

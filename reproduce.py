@@ -47,6 +47,7 @@ from datafree.teachers import SHIPPED, teacher_file
 HERE = Path(__file__).resolve().parent
 FLAG = dict(action="store_true")
 SHARED = dict(data_root="./datasets", checkpoints="./checkpoints", out="./runs", device=None, gpu=None)
+ALIASES = dict(data_root=("--data",), out=("--output_dir",))  # as the scripts have them
 
 
 def parse_args(argv: Sequence | None = None) -> Namespace:
@@ -74,7 +75,8 @@ def parse_args(argv: Sequence | None = None) -> Namespace:
     group = p.add_argument_group("for all commands, the teachers' included")
     for flag, default in SHARED.items():
         text = "(default: %(default)s)" if default else "as the scripts have it"
-        group.add_argument(f"--{flag}", help=text, default=default, metavar="DIR" if default else "X")
+        names = (f"--{flag}", *ALIASES.get(flag, ()))
+        group.add_argument(*names, help=text, default=default, metavar="DIR" if default else "X")
     args, rest = p.parse_known_args(argv)
     # Cells come first; what follows the first unknown flag is the scripts'.
     first = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))

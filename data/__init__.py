@@ -207,7 +207,8 @@ def _load(name: str, root: str | Path, names: Sequence[str], download: bool, att
     except OSError as error:
         raise unreadable(error.filename or root, error, "replace or delete it") from None
     if len(raw.class_names) < 2:
-        raise DataError(f"{root} has one class, {raw.class_names[0]}: give at least two, there is nothing to learn")
+        names = "one class, " + raw.class_names[0] if raw.class_names else "no classes"
+        raise DataError(f"{root} has {names}: give at least two, there is nothing to learn")
     if empty := [split for split in names if not len(getattr(raw, split))]:
         raise DataError(f"{name} has no images to {empty[0]} in {root}: put the whole data set there")
     return raw

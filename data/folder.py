@@ -137,7 +137,7 @@ def open_files(
         cache["statistics"] = channel_statistics(splits["train"])
     if len(cache) > known:
         _save_cache(path, cache)
-    return splits, cache.get("statistics"), digest
+    return splits, cache.get("statistics") if statistics else None, digest
 
 
 def fingerprint(splits: Iterable[TensorSplit]) -> str:

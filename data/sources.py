@@ -45,16 +45,17 @@ class Files:
 
     kinds: (files, read) in order of preference. ``files(split)`` names what must exist in the folder (or with the
         ending .gz); ``read(folder, splits, attribute)`` returns ``Raw``, or None if it is another data set after all.
-    fetch: downloads into a folder what the splits need.
+    fetch: downloads into a folder what the splits need. bare: whether they may lie in ``<root>`` itself.
     """
 
     name: str
     kinds: tuple[tuple[Callable, Callable], ...]
     fetch: Callable[[Path, Sequence[str]], object]
     also: tuple[str, ...] = ()
+    bare: bool = True
 
     def __call__(self, root: Path, splits: Sequence[str], download: bool, attribute: str | None) -> Raw:
-        places = [root / folder for folder in (self.name, *self.also, "")]
+        places = [root / folder for folder in (self.name, *self.also, *[""] * self.bare)]
         kinds = [(list(dict.fromkeys(itertools.chain(*map(files, splits)))), read) for files, read in self.kinds]
 
         def find() -> Raw | None:
@@ -135,8 +136,8 @@ def _idx(name: str, cls: type, class_names: tuple[str, ...]) -> Files:
         part = cls if "train" in splits else type(cls.__name__, (cls,), {"resources": cls.resources[2:]})
         part(folder, False, download=True)
 
-    # The bare root comes last: another dataset's files, which have the same names, may lie there.
-    return Files(name, ((files, _arrays(class_names, read)),), fetch, (f"{cls.__name__}/raw",))
+    # In the bare root lie MNIST's, whose names all the others have.
+    return Files(name, ((files, _arrays(class_names, read)),), fetch, (f"{cls.__name__}/raw",), bare=name == "mnist")
 
 
 # Y. LeCun, C. Cortes, C. Burges: digits.
@@ -356,8 +357,17 @@ def load_tiny_imagenet(root: Path, splits: Sequence[str], *_) -> Raw:
     return Raw(names, FileSplit([place / "val" / "images" / line[0] for line in lines], labels), **found, root=place)
 
 
+def _move(source: Path, target: Path) -> None:
+    """Moves what a folder holds: folders whole where there is none yet, so that none is seen in parts; lists last."""
+    for path in sorted(source.iterdir(), key=lambda path: path.is_file()):
+        if path.is_dir() and (target / path.name).is_dir():
+            _move(path, target / path.name)
+        else:
+            path.replace(target / path.name)
+
+
 def _download(fetch: Callable, root: Path, splits: Sequence[str]) -> str:
-    """Fetches into a temporary folder, so that failure leaves nothing, and moves the files to root; what went wrong."""
+    """Fetches into a temporary folder, so that failure leaves nothing, and moves it to root; what went wrong."""
     existed, timeout = root.exists(), socket.getdefaulttimeout()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -365,11 +375,10 @@ def _download(fetch: Callable, root: Path, splits: Sequence[str]) -> str:
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root, ignore_cleanup_errors=True) as temporary:
             with contextlib.redirect_stdout(io.StringIO()):  # the progress bar goes to stderr
                 fetch(Path(temporary), splits)
-            for path in Path(temporary).rglob("*"):
-                if path.is_file() and path.suffix not in ARCHIVES:
-                    target = root / path.relative_to(temporary)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    path.replace(target)
+            for path in list(Path(temporary).rglob("*")):
+                if path.is_file() and path.suffix in ARCHIVES:
+                    path.unlink()
+            _move(Path(temporary), root)
         return "found nothing"
     except Exception as error:  # URLError, a missing gdown, a bad archive, a read-only root, ...
         return f"failed ({type(error).__name__}: {one_line(error)})"

@@ -59,7 +59,7 @@ def open_wild(root: Path, img_size: int, channels: int) -> tuple[WildSplit, str]
             regular(root)
             with zipfile.ZipFile(root) as archive:
                 found = [i for i in archive.infolist() if _is_image(i.filename)]
-                files = [(os.fsencode(i.filename), i.file_size, i.CRC) for i in found]
+                files = [(os.fsencode(i.filename), i.file_size, i.CRC) for i in found]  # a zip knows what is in them
     except OSError as error:
         raise unreadable(f"image set {error.filename or root}", error, cure) from None
     except Exception as error:  # zipfile raises nearly anything on damaged files
@@ -80,10 +80,9 @@ def _is_image(name: str) -> bool:
 
 
 def _in_folder(root: Path) -> list[tuple[bytes, int, int]]:
-    """Name below root, size and modification time of every regular file that `walk` finds."""
+    """Name below root, size and 0 of every regular file that `walk` finds: a copy's times are others."""
     prefix, files = len(os.fsencode(root).rstrip(b"/")) + 1, []
     for entry in walk(root):
         if entry.is_file():
-            stat = entry.stat()
-            files.append((os.fsencode(entry.path)[prefix:], stat.st_size, stat.st_mtime_ns))
+            files.append((os.fsencode(entry.path)[prefix:], entry.stat().st_size, 0))
     return files

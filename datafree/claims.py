@@ -8,6 +8,7 @@ watcher's own clock.
 
 import contextlib
 import math
+import os
 import signal
 import threading
 import time
@@ -27,10 +28,35 @@ class Busy(TimeLimit):
     """Another process has the run. Exit code 75, too: run again, later."""
 
 
+class _Lease(SoftFileLease):
+    def _take_over(self, marker: os.stat_result, breaker_pid: int | None) -> None:
+        """Take a dead process's place; where the disk exchanges no two files, as NFS does not, free it for the next try.
+
+        There filelock leaves it as it is: a plain rename would leave a moment in which two could have it.
+        """
+        super()._take_over(marker, breaker_pid)
+        file, guard = Path(self.lock_file), Path(f"{self.lock_file}.freed")
+        if self._is(file, marker):
+            with contextlib.suppress(FileExistsError):  # another process frees it
+                guard.mkdir()
+                try:
+                    if self._is(file, marker):
+                        file.unlink()
+                finally:
+                    guard.rmdir()
+
+    @staticmethod
+    def _is(file: Path, marker: os.stat_result) -> bool:
+        with contextlib.suppress(OSError):
+            now = file.lstat()
+            return (now.st_ino, now.st_mtime_ns) == (marker.st_ino, marker.st_mtime_ns)
+        return False
+
+
 def _claim(out: str | Path, run: str, lost: Callable | None = None) -> SoftFileLease:
     file = Path(out) / ".locks" / f"{run}.claim"
     file.parent.mkdir(parents=True, exist_ok=True)
-    return SoftFileLease(file, lease_duration=LEASE, heartbeat_interval=BEAT, on_compromise=lost)
+    return _Lease(file, lease_duration=LEASE, heartbeat_interval=BEAT, on_compromise=lost)
 
 
 def _interrupt(_lost) -> None:

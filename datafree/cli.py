@@ -139,7 +139,11 @@ CHECKPOINTS = ("--checkpoints", "where teachers' weights are (default: %(default
                FOLDER | dict(default="./checkpoints"))  # fmt: skip
 NONE = (
     ("--num_classes", "with --dataset none (default: the teacher file's)", dict(type=count)),
-    ("--channels", "with --dataset none (default: the teacher file's, else as many as --mean has values, else 3)", dict(type=int, choices=(1, 3))),
+    (
+        "--channels",
+        "with --dataset none (default: the teacher file's, else as many as --mean has values, else 3)",
+        dict(type=int, choices=(1, 3)),
+    ),
 )
 
 

@@ -1,6 +1,7 @@
 """DFND: its matrix and selection agree with the published code; wild sets of every kind work."""
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -126,6 +127,8 @@ SHORT = ("--n_epochs", 2, "--batch_size", 8, "--num_select", 16)
 def test_folder_and_zip_are_the_same_images(wild, tmp_path):
     folder, _ = get_wild(str(wild), ".", 32, 3)
     archive, _ = get_wild(str(zipped(wild, tmp_path / "w.zip")), ".", 32, 3)
+    copy = shutil.copytree(wild, tmp_path / "copy", copy_function=shutil.copyfile)  # with times of its own
+    assert get_wild(str(copy), ".", 32, 3)[1] == get_wild(str(wild), ".", 32, 3)[1]
     assert len(folder) == len(archive) == 29
     for a, b in zip(folder.scan(8, "cpu"), archive.scan(8, "cpu"), strict=True):
         assert torch.equal(a[0], b[0]) and [row for row, _ in a[1]] == [row for row, _ in b[1]]

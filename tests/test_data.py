@@ -18,7 +18,10 @@ from PIL import Image
 from torchvision import datasets as tv
 from torchvision.datasets import utils as tv_utils
 
-from data import DATASETS, SOURCES, DataError, FileSplit, TensorSplit, get_dataset, split_caltech101, splits
+from data import (
+    DATASETS, SOURCES, DataError, FileSplit, Source, TensorSplit, get_dataset, load_folder, register, sources,
+    split_caltech101, splits,
+)  # fmt: skip
 from data.sources import CIFAR10_CLASSES, split_class
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -237,6 +240,11 @@ def test_cache_is_used_and_invalidated(folder, decoded):
     get_dataset("folder", folder)
     assert sum(decoded) == 16
     decoded.clear()
+
+    # The same files as another data set, which has published statistics.
+    register("mine", Source(lambda root, *more: load_folder(folder, *more), mean=(0.5,) * 3, std=(0.2,) * 3))
+    assert (get_dataset("mine", folder).mean, get_dataset("mine", folder).std) == ((0.5,) * 3, (0.2,) * 3)
+    del SOURCES["mine"]
 
     (folder / "test" / "bee" / "1.png").unlink()
     assert len(get_dataset("folder", folder).test) == 3
@@ -608,6 +616,11 @@ def test_tiny_imagenet(tmp_path, place, sorted_out):
     assert (d.img_size, d.padding, d.flip, d.mean) == (64, 4, True, (0.5,) * 3)
     assert d.test.images.shape == (3, 3, 64, 64)
     assert get_dataset("tiny-imagenet", tmp_path, train=False).train is None
+    for path in root.rglob("wnids.txt"):
+        listed = path.read_text()
+        path.write_text("")
+        expect_error("has no classes", name="tiny-imagenet", root=tmp_path)
+        path.write_text(listed)
     if not sorted_out:
         (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn99\n")
         expect_error("val_annotations.txt is damaged", name="tiny-imagenet", root=tmp_path)
@@ -673,6 +686,25 @@ def test_failed_download_leaves_what_was_there(tmp_path, monkeypatch):
     expect_error("No space left", name="cifar10", root=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
     expect_error("no mnist", name="mnist", root=tmp_path / "mine.txt")  # cannot be a folder
+
+
+def test_a_download_comes_into_place_whole(tmp_path, monkeypatch):
+    """A folder is there with all that it holds, and lists are there when what they list is."""
+    old, new = tmp_path / "root", tmp_path / "new"
+    for name in ("celeba/images/0.jpg", "celeba/images/1.jpg", "celeba/a_list.txt", "more/x"):
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        (new / name).touch()
+    (old / "celeba").mkdir(parents=True)
+    moved, replace = [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, to: moved.append(self.name) or replace(self, to))
+    sources._move(new, old)
+    assert moved == ["images", "a_list.txt", "more"] and (old / "celeba" / "images" / "1.jpg").is_file()
+
+
+def test_fashion_is_not_the_digits_that_lie_beside_it(tmp_path):
+    write_idx(tmp_path)
+    assert len(get_dataset("mnist", tmp_path, download=False).train) == 20
+    expect_error("no fashion-mnist", name="fashion-mnist", root=tmp_path, download=False)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,19 @@ def test_a_dead_process_on_this_machine_has_nothing(tmp_path):
         assert str(os.getpid()) in Claims(tmp_path).running()["a.b"]
 
 
+def test_so_on_a_disk_that_exchanges_no_files(tmp_path, monkeypatch):
+    """As NFS, where filelock takes no dead process's place."""
+    monkeypatch.setattr("filelock._soft._exclusive._recovery.exchange_names", lambda source, target: False)
+    with forked(die_with, tmp_path, "a.b"):
+        pass
+    Claims(tmp_path).running()  # frees it
+    with forked(hold, tmp_path, "a.b"):
+        appears(tmp_path / "ready")
+        assert "a.b" in Claims(tmp_path).running()
+        (tmp_path / "enough").touch()
+    assert Claims(tmp_path).running() == {} and not [*(tmp_path / ".locks").iterdir()]
+
+
 def test_a_silent_process_elsewhere_loses_its_claim_and_a_living_one_does_not(tmp_path, monkeypatch):
     for name, seconds in (("LEASE", 3.0), ("BEAT", 0.3), ("WAIT", 0)):
         monkeypatch.setattr(claims, name, seconds)

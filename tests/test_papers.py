@@ -248,6 +248,8 @@ def test_commands_teacher_first_and_flags_for_all(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce.subprocess, "run", None)
     weights, where = tmp_path / "weights", ("--data_root", "elsewhere", "--gpu", "1", "--out", "o")
     flags = ("dafl-13", "--dry-run", "--n_epochs=5", *where, "--checkpoints", weights)
+    other = run("dafl-13", "--dry-run", "--data", "sets", "--output_dir", "o")[-1]
+    assert (other[other.index("--data_root") + 1], other[other.index("--out") + 1]) == ("sets", "o")
     teacher, student = run(*flags)
     assert teacher[:5] == ["teacher_train.py", "--dataset", "mnist", "--model", "lenet5"]
     assert student[0] == "DAFL_train.py" and "--n_epochs=5" in student and "--n_epochs=5" not in teacher

@@ -30,7 +30,7 @@ class Busy(TimeLimit):
 
 class _Lease(SoftFileLease):
     def _take_over(self, marker: os.stat_result, breaker_pid: int | None) -> None:
-        """Take a dead process's place; where the disk exchanges no two files, as NFS does not, free it for the next try.
+        """Take a dead process's place; where the disk exchanges no two files, as NFS, free it for the next try.
 
         There filelock leaves it as it is: a plain rename would leave a moment in which two could have it.
         """

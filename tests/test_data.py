@@ -19,8 +19,18 @@ from torchvision import datasets as tv
 from torchvision.datasets import utils as tv_utils
 
 from data import (
-    DATASETS, SOURCES, DataError, FileSplit, Source, TensorSplit, get_dataset, load_folder, register, sources,
-    split_caltech101, splits,
+    DATASETS,
+    SOURCES,
+    DataError,
+    FileSplit,
+    Source,
+    TensorSplit,
+    get_dataset,
+    load_folder,
+    register,
+    sources,
+    split_caltech101,
+    splits,
 )  # fmt: skip
 from data.sources import CIFAR10_CLASSES, split_class
 

@@ -93,9 +93,8 @@ def main(args: Namespace) -> None:
     done = {(line["method"], line["rate"]) for line in known_rates() if line["track"] == args.track}
     where = ["--device", args.device, *(["--gpu", str(args.gpu)] if args.gpu is not None else [])]
     for line in tries([known[m] for m in args.method or known], done, args.out, where):
-        checkpoint.write(
-            papers.RATES, as_csv(COLUMNS, [*known_rates(), line]).encode()
-        )  # another search may write, too
+        lines = [*known_rates(), line]  # another search may have written, too
+        checkpoint.write(papers.RATES, as_csv(COLUMNS, lines).encode())
         print("{track} {method}: rate {rate}, agreement {agreement}".format(**line), flush=True)
 
 

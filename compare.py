@@ -256,9 +256,8 @@ def page(paper: str, rows: Sequence[dict], others: Sequence[Sequence[dict]]) -> 
         tables.setdefault((row["source"], row["table"]), []).append(row)
     parts = [PAGE_TOP.format(", ".join(dict.fromkeys(r["source"] for r in own)))]
     parts += [f"## {source}, {name}\n\n{as_markdown(FULL, part)}" for (source, name), part in tables.items()]
-    runs = [r for row in own for r in row["runs"]] + [
-        r for runs in others for r in runs if home.get(r["script"]) == paper
-    ]
+    runs = [r for row in own for r in row["runs"]]
+    runs += [r for runs in others for r in runs if home.get(r["script"]) == paper]
     if runs:
         parts.append(f"## Runs\n\n{as_markdown(RUNS, {r['file']: r for r in runs}.values())}")
     scripts = [s for s in dict.fromkeys(r["command"].split()[1] for r in own if r["command"]) if deviations(s)]

@@ -39,21 +39,13 @@ def no_curves(monkeypatch):
 
 @pytest.fixture(scope="module")
 def few_digits():
-    """A fifth of the digits' test images is there, as scoring all 500 takes a third of a tiny run's time."""
-    from dataclasses import replace
-
-    import torch
+    """`storm.few_digits` in place of all."""
+    import storm
 
     import data
 
-    whole = data.SOURCES["digits"]
-
-    def load(*args):
-        raw = whole.load(*args)
-        return replace(raw, test=raw.test.take(torch.arange(0, len(raw.test), 5)))
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.SOURCES, "digits", replace(whole, load=load))
+        patch.setitem(data.SOURCES, "digits", storm.few_digits())
         yield
 
 

@@ -23,6 +23,9 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from storm import few_digits  # noqa: E402
+
+from data import SOURCES  # noqa: E402
 from datafree import checkpoint, session  # noqa: E402
 from datafree.runtime import Runtime  # noqa: E402
 
@@ -140,6 +143,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.__future__.set_swap_module_params_on_conversion(True)
     session.setup, checkpoint.save, checkpoint.read = setup, save, read
+    SOURCES["digits"] = few_digits()
     script = importlib.import_module(sys.argv[1])
     with Everything():
         for flags in sys.argv[2:]:

@@ -46,10 +46,10 @@ def damaged_files(folder):
     checkpoint.save(get_model("lenet5").state_dict(), good)
     content = good.read_bytes()
     for name, data, words in (
-        ("half.pt", content[: len(content) // 2], "damaged"),
-        ("empty.pt", b"", "damaged"),
-        ("picture.pt", b"\x89PNG\r\n\x1a\n", "damaged"),
-        ("text.pt", b"<html>404 not found</html>", "damaged"),
+        ("half.pt", content[: len(content) // 2], "is damaged"),
+        ("empty.pt", b"", "is damaged"),
+        ("picture.pt", b"\x89PNG\r\n\x1a\n", "is damaged"),
+        ("text.pt", b"<html>404 not found</html>", "is damaged"),
         ("evil.pt", pickle.dumps({"state_dict": Evil()}), "code"),
     ):
         (folder / name).write_bytes(data)

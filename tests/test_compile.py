@@ -26,7 +26,7 @@ GPU = torch.cuda.is_available()
 # Half a minute each on a CPU: there the one that compiles a generator, a folded teacher and a student.
 @pytest.mark.parametrize("case", CASES if GPU else ["dfad"])
 @pytest.mark.skipif(not GPU and not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_networks_take_the_same_steps(case, tmp_path, checkpoints, in_double):
+def test_compiled_networks_take_the_same_steps(case, tmp_path, checkpoints, in_double, few_digits):
     script, text = CASES[case]
     found = []
     for flags in ([], ["--compile"]):

@@ -177,7 +177,7 @@ def test_lengths_keep_to_the_time_and_the_recipe(minutes):
 
 
 def test_auto_is_the_largest_within_the_limits(monkeypatch):
-    monkeypatch.setattr(compress, "MODELS", ("lenet5", "wrn16_1", "resnet8", "wrn40_2", "resnet18"))
+    monkeypatch.setattr(compress, "MODELS", ("lenet5", "wrn16_1", "resnet8", "wrn40_2", "vgg8", "resnet18"))
     data = type("Data", (), dict(num_classes=10, channels=3, img_size=32))
     sizes = {name: export.parameters(get_model(name, 10, 3)) for name in ("wrn16_1", "resnet18", "wrn40_2")}
     assert sizes["wrn16_1"] < sizes["wrn40_2"] < sizes["resnet18"]
@@ -186,10 +186,8 @@ def test_auto_is_the_largest_within_the_limits(monkeypatch):
         return compress.choose_student(compress.parse_args(["--student", "auto", *flags]), data)
 
     assert chosen("--max_params", sizes["wrn40_2"]) == "wrn40_2"
-    with torch.no_grad():
-        macs = export.multiply_adds(get_model("wrn16_1", 10, 3), torch.zeros(1, 3, 32, 32))
-    least = chosen("--max_macs", macs)
-    assert export.multiply_adds(get_model(least, 10, 3), torch.zeros(1, 3, 32, 32)) <= macs
+    macs = export.multiply_adds(get_model("wrn40_2", 10, 3), torch.zeros(1, 3, 32, 32))
+    assert chosen("--max_macs", macs) == "wrn40_2"  # VGG-8 has more parameters and less work
     with pytest.raises(UsageError, match="raise --max_params or --max_macs"):
         chosen("--max_params", "5")
 

@@ -31,7 +31,7 @@ from data import (
     sources,
     split_caltech101,
     splits,
-)  # fmt: skip
+)
 from data.sources import CIFAR10_CLASSES, split_class
 
 ROOT = Path(__file__).resolve().parents[1]

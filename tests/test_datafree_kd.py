@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reference_fill import load_reference
 
 import datafree_kd
 from datafree import checkpoint, synthesis
@@ -75,6 +76,8 @@ def test_meta_learning_moves_the_common_generator(is_maml, tmp_path, checkpoints
     (last,) = tmp_path.glob("*/last.pt")
     state = checkpoint.read(last)["run"]["states"]["synthesizer"]["meta_optimizer"]
     assert state["state"][0]["step"] == 1
+    # Reptile's difference, about lr_g, is taken 67 times; Adam keeps half of it.
+    assert state["state"][0]["exp_avg"].abs().max() > (0 if is_maml else 0.05)
 
 
 def test_published_recipes():
@@ -146,10 +149,13 @@ def test_when_the_adversary_starts_and_the_generator_is_redrawn(flags, first, re
     args = datafree_kd.parse_args(["--dataset", "cifar10", *flags])
     spy, session = Spy(), Namespace(args=args, student=torch.nn.Linear(1, 1), run=Namespace(tick=None))
     optimizer = torch.optim.SGD(session.student.parameters(), 1.0)
-    distilled = []
+    distilled, rates = [], []
     monkeypatch.setattr(datafree_kd, "distill", lambda *a: distilled.append(len(spy.calls)) or 0.0)
     for epoch in range(args.n_epochs):
         datafree_kd.train_epoch(epoch, session, spy, optimizer, contextlib.nullcontext())
+        rates.append(optimizer.param_groups[0]["lr"])
+    for epoch, lr in load_reference("losses")["values"]["fast_student_lr"]["values"].items():
+        assert args.n_epochs != 220 or rates[int(epoch)] == pytest.approx(lr)
     assert spy.calls.index(True) == first and all(spy.calls[first:])
     assert spy.resets == [reset]
     assert distilled[0] == args.warmup + 1 and len(distilled) == args.n_epochs - args.warmup

@@ -175,7 +175,7 @@ def test_generator_agrees_with_published(entry):
         torch.empty(expected["latent_shape"]).flatten(1).shape
     )
     eps = [m.eps for m in generator.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert eps == [eps for _, eps in expected.get("batch_norm_eps", zip(eps, eps, strict=True))]
+    assert eps == [eps for _, eps in expected.get("batch_norm_eps", [(None, 1e-5)] * len(eps))]
     if not expected["values_in_this_file"]:
         return
     z = noise(expected["latent_shape"], expected["latent_seed"])

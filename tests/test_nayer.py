@@ -213,6 +213,12 @@ def test_embeddings(tmp_path):
         np.save(file, array)
         with pytest.raises(UsageError, match=text):
             embeddings(str(file), teacher, 10, (3, 32, 32))
+    np.savez(tmp_path / "several.npz", np.zeros((10, 2)))
+    whole = (tmp_path / "several.npz").read_bytes()
+    for content, text in ((whole, "it holds several arrays"), (whole[:60], "it must be a .npy file")):
+        file.write_bytes(content)
+        with pytest.raises(UsageError, match=text):
+            embeddings(str(file), teacher, 10, (3, 32, 32))
     with pytest.raises(UsageError, match="is not found: take orthogonal"):
         embeddings("teacher", teacher, 11, (3, 32, 32))
 

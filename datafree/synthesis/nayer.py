@@ -8,6 +8,7 @@ import argparse
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -136,10 +137,12 @@ def embeddings(source: str, teacher: nn.Module, num_classes: int, shape: tuple[i
         return rows.detach().flatten(1).clone()
     try:
         rows = np.load(Path(source), allow_pickle=False, mmap_mode="r")
+        if not isinstance(rows, np.ndarray):
+            raise ValueError("it holds several arrays")
         if rows.ndim != 2 or len(rows) != num_classes or rows.dtype.kind not in "fiu":
             raise ValueError(f"its array is {rows.dtype} of shape {rows.shape}")
         rows = torch.from_numpy(np.array(rows, dtype=np.float64)).to(torch.get_default_dtype())
-    except (OSError, ValueError, EOFError, MemoryError) as error:
+    except (OSError, ValueError, EOFError, MemoryError, BadZipFile) as error:
         text = f"--label_embedding {source}: {error}"
         raise UsageError(f"{text}: it must be a .npy file of {num_classes} rows, one for each class") from error
     if not rows.isfinite().all():

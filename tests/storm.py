@@ -47,6 +47,7 @@ from scipy.io import savemat
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 from data import SOURCES, Raw, Source  # noqa: E402
+from datafree import inversion  # noqa: E402
 from datafree.runtime import commit  # noqa: E402
 
 MEMORY = 8 * 2**30  # bytes of addresses that a command may take
@@ -311,6 +312,8 @@ def serve() -> None:
     socket.socket.connect = socket.getaddrinfo = offline
     torch.set_num_threads(1)
     scripts()
+    # compress.py's look at a teacher would take seconds.
+    inversion.maker_of, inversion.UNSEEN = functools.partial(inversion.maker_of, ngf=8), 100
     importlib.import_module("sklearn.datasets")  # what runs import later
     gc.freeze()  # else each fork's collections would look at all of it, and so copy it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

@@ -1,5 +1,6 @@
 """compress.py: somebody's network becomes files that run without these scripts, and what is wrong ends in one line."""
 
+import functools
 import json
 import math
 import runpy
@@ -53,9 +54,10 @@ SHORT = ["--student", "lenet5_half", "--n_epochs", "1", "--steps", "2", "--batch
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
-    """An eighth of the images to calibrate on, a tenth of those to agree on."""
+    """An eighth of the images to calibrate on, a tenth of those to agree on, all made by a narrow generator."""
     monkeypatch.setattr(compress, "CALIBRATION", 64)
     monkeypatch.setattr(inversion, "UNSEEN", 100)
+    monkeypatch.setattr(inversion, "maker_of", functools.partial(inversion.maker_of, ngf=16))
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,8 @@ def open_data(args: argparse.Namespace, metadata: Mapping, train: bool = False, 
         channels, num_classes = (args.channels, args.num_classes) if "channels" in args else (None, None)
         size, channels = args.img_size or known.get("img_size"), channels or known.get("channels")
         if args.dataset in ("none", "folder"):
-            channels = channels or len(args.mean or ()) or None
+            told = {len(values) for values in (args.mean, args.std) if values}
+            channels = channels or (told.pop() if len(told) == 1 else None)
         if args.dataset == "none":
             num_classes = num_classes or metadata.get("num_classes")
         about = args.dataset, args.data_root, size, channels, args.mean, args.std, args.attribute

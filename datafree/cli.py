@@ -53,6 +53,9 @@ def path(text: str) -> str:
     """An argparse type: a path that a file can have."""
     if not text or "\0" in text or max(map(len, os.fsencode(text).split(b"/"))) > 255:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no path that a file can have")
+    with contextlib.suppress(OSError):
+        if Path(text).is_fifo():
+            raise argparse.ArgumentTypeError(f"{text} is a pipe, at which this would wait: name a file")
     return text
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -212,6 +213,8 @@ def test_what_cannot_be_compared(folder, tmp_path, refused):
     before = (ROOT / "RESULTS.md").read_bytes()
     assert "no dataset 'MNISTS'" in refused(compare, "--results", folder, "--dataset", "MNISTS")
     assert "needs --out" in refused(compare, "--curves", "a.csv")
+    os.mkfifo(folder / "fifo")
+    assert "is a pipe, at which this would wait" in refused(compare, "--out", folder / "fifo")
     assert "does not exist" in refused(compare, "--curves", "a.csv", "--out", "b.png")
     assert "no/such does not exist" in refused(compare, "--results", "no/such")
     (tmp_path / "empty").mkdir()

@@ -19,7 +19,8 @@ import DFAD_cifar
 from datafree.cli import cli
 
 PRESETS = {"caltech101": dict(batch_size=64, n_epochs=300, epoch_itrs=50, k=5, lr_S=0.05, lr_G=1e-3,
-                              optimizer_G="adam", weight_decay=5e-4, nz=256, milestones=[1 / 3, 2 / 3])}  # fmt: skip
+                              optimizer_G="adam", weight_decay=5e-4, nz=256, milestones=[1 / 3, 2 / 3],
+                              gamma=0.1)}  # fmt: skip
 
 
 def parse_args(argv: Sequence | None = None) -> Namespace:

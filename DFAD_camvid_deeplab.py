@@ -27,7 +27,7 @@ from models import SEGMENTERS
 
 PRESET = dict(dataset="camvid", teacher="deeplabv3_resnet50", student="deeplabv3_mobilenet", batch_size=64,
               n_epochs=300, epoch_itrs=50, k=5, lr_S=0.1, lr_G=1e-3, optimizer_G="adam", weight_decay=5e-4, nz=256,
-              milestones=[1 / 3, 2 / 3], img_size=128)  # fmt: skip
+              milestones=[1 / 3, 2 / 3], gamma=0.1, img_size=128)  # fmt: skip
 
 
 def parse_args(

@@ -44,7 +44,7 @@ from datafree.runtime import lr_at, make_optimizer, set_lr
 from datafree.session import Session
 
 CIFAR = dict(teacher="resnet34", student="resnet18", batch_size=256, n_epochs=500, epoch_itrs=50, k=5, lr_S=0.1,
-             lr_G=1e-3, optimizer_G="adam", weight_decay=5e-4, nz=256, milestones=[0.2, 0.4])  # fmt: skip
+             lr_G=1e-3, optimizer_G="adam", weight_decay=5e-4, nz=256, milestones=[0.2, 0.4], gamma=0.1)  # fmt: skip
 # 8 x 32 images; both learning rates x 0.1 at iterations 5000 and 10 000 of 25 000
 MMRAZOR = dict(batch_size=256, n_epochs=100, epoch_itrs=250, optimizer_G="adamw", lr_G=1e-3, milestones=[0.2, 0.4],
                scheduler=True)  # fmt: skip
@@ -53,11 +53,12 @@ RECIPE = dict(
     batch_size="images of a step", n_epochs="epochs of --epoch_itrs", epoch_itrs="iterations of an epoch",
     k="student steps of an iteration", lr_S="learning rate of the student (SGD, momentum 0.9)",
     weight_decay="of the student", optimizer_G="of the generator", lr_G="learning rate of the generator",
-    nz="length of z", milestones="with --scheduler: both learning rates x 0.1 at these fractions of the epochs",
+    nz="length of z", milestones="with --scheduler: both learning rates x gamma at these fractions of the epochs",
+    gamma="with --scheduler",
 )  # fmt: skip
 FLAGS = (
     ("--scheduler", "let both learning rates fall", dict(action="store_true")),
-    ("--step_size", "with --scheduler: x 0.1 every N epochs instead", dict(type=count, metavar="N")),
+    ("--step_size", "with --scheduler: x gamma every N epochs instead", dict(type=count, metavar="N")),
     ("--keep_student_gradient", "as MMRazor, see above (default: it is cleared)", dict(action="store_true")),
 )
 
@@ -130,8 +131,8 @@ def lr_fall(epoch: int, args: Namespace) -> float:
     if not args.scheduler:
         return 1.0
     if args.step_size:
-        return 0.1 ** (epoch // args.step_size)
-    return lr_at(epoch, 1.0, args.n_epochs, args.milestones)
+        return args.gamma ** (epoch // args.step_size)
+    return lr_at(epoch, 1.0, args.n_epochs, args.milestones, args.gamma)
 
 
 def train_epoch(

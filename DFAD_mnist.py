@@ -21,7 +21,7 @@ import DFAD_cifar
 from datafree.cli import cli
 
 MNIST = dict(batch_size=512, n_epochs=40, epoch_itrs=50, k=5, lr_S=0.01, lr_G=1e-3, optimizer_G="adam",
-             weight_decay=1e-4, nz=100, milestones=[0.2, 0.4])  # fmt: skip
+             weight_decay=1e-4, nz=100, milestones=[0.2, 0.4], gamma=0.1)  # fmt: skip
 PRESETS = {"mnist": MNIST, "digits": MNIST | dict(batch_size=128, n_epochs=9, milestones=[0.65, 0.85])}
 main = DFAD_cifar.main
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import DFAD_camvid_deeplab
 from datafree.cli import cli
 
-PRESET = DFAD_camvid_deeplab.PRESET | dict(dataset="nyuv2", weight_decay=5e-5)
+PRESET = DFAD_camvid_deeplab.PRESET | dict(dataset="nyuv2", weight_decay=5e-5, gamma=0.3)
 main = DFAD_camvid_deeplab.main
 
 

@@ -216,7 +216,8 @@ def cached_scan(s: Session, split: TensorSplit | FileSplit, fingerprint: str, tr
 
     Raises UsageError if that is damaged.
     """
-    key = hashlib.sha256(repr((fingerprint, len(split), transform.mean, transform.std, s.runtime.precision)).encode())
+    about = fingerprint, getattr(split, "stamp", ""), transform.mean, transform.std, s.runtime.precision
+    key = hashlib.sha256(repr(about).encode())
     for name, tensor in s.teacher.state_dict().items():
         key.update(name.encode())
         key.update(tensor.detach().cpu().contiguous().numpy())

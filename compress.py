@@ -302,6 +302,8 @@ def write_files(
         checkpoint.write(out / name, content)
         files[name] = content
 
+    for name in ("student.safetensors", "student.onnx", "student.int8.onnx"):
+        (out / name).unlink(missing_ok=True)  # an earlier command's may be of another network
     checkpoint.save(dict(state_dict=network.state_dict(), metadata=metadata), out / "student.pt")
     if lacks := export.missing(["safetensors"]):
         print(f"student.safetensors is left out: {lacks}")
@@ -322,8 +324,6 @@ def write_files(
             print(f"student.onnx is left out: {error}")
     if args.int8 and "student.onnx" in files:
         write("student.int8.onnx", export.to_int8(files["student.onnx"], calibration.cpu()))
-    for name in {"student.safetensors", "student.onnx", "student.int8.onnx"} - files.keys():
-        (out / name).unlink(missing_ok=True)  # an earlier command's is of another network
     return files, difference
 
 

@@ -209,8 +209,7 @@ def _read(pairs: list[tuple[Path, Path]], num_classes: int, void: int) -> Segmen
         if (mapped < 0).any():
             wrong = values[mapped < 0].flat[0]
             raise DataError(f"{label_path} holds the label {wrong}: 0..{num_classes} is possible, {void} for void")
-        scale = SHORT_SIDE / min(image.size)
-        size = tuple(int(side * scale) for side in image.size)
+        size = tuple(SHORT_SIDE * side // min(image.size) for side in image.size)
         image = image.resize(size, Image.Resampling.BILINEAR)
         label = Image.fromarray(mapped.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())

@@ -25,6 +25,7 @@ class WildSplit(FileSplit):
     """
 
     root: Path | None = None
+    stamp: str = ""  # of the files' times, or a zip's checksums
 
     def source(self, row: int) -> Path | IO[bytes]:
         name = os.fsdecode(self.paths[row])
@@ -67,12 +68,14 @@ def open_wild(root: Path, img_size: int, channels: int) -> tuple[WildSplit, str]
     files.sort()
     if not files:
         raise DataError(f"no images in {root}: it needs files such as " + " ".join(SUFFIXES))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(repr(file).encode())
+    digest, stamp = hashlib.sha256(), hashlib.sha256()
+    for name, size, more in files:
+        digest.update(repr((name, size) if root.is_dir() else (name, size, more)).encode())
+        stamp.update(repr(more).encode())
     names = np.array([name for name, _, _ in files])
     labels = torch.zeros(1, dtype=torch.int64).expand(len(names))
-    return WildSplit(names, labels, img_size, channels, root=root), digest.hexdigest()[:16]
+    split = WildSplit(names, labels, img_size, channels, root=root, stamp=stamp.hexdigest())
+    return split, digest.hexdigest()[:16]
 
 
 def _is_image(name: str) -> bool:
@@ -80,9 +83,10 @@ def _is_image(name: str) -> bool:
 
 
 def _in_folder(root: Path) -> list[tuple[bytes, int, int]]:
-    """Name below root, size and 0 of every regular file that `walk` finds: a copy's times are others."""
+    """Name below root, size and modification time of every regular file that `walk` finds."""
     prefix, files = len(os.fsencode(root).rstrip(b"/")) + 1, []
     for entry in walk(root):
         if entry.is_file():
-            files.append((os.fsencode(entry.path)[prefix:], entry.stat().st_size, 0))
+            stat = entry.stat()
+            files.append((os.fsencode(entry.path)[prefix:], stat.st_size, stat.st_mtime_ns))
     return files

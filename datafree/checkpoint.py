@@ -126,11 +126,16 @@ def weights(content: object, path: str | Path, names: Container[str] = ()) -> di
                     raise UsageError(f"checkpoint {path}: {key} {what}")
             state = OrderedDict((k if k in names else WRAPPED.sub("", k), v) for k, v in content.items())
             # The versions of its layers, by which they read older files.
-            versions = getattr(content, "_metadata", None)
-            state._metadata = {WRAPPED.sub("", f"{k}.").rstrip("."): v for k, v in (versions or {}).items()}
+            found = getattr(content, "_metadata", None)
+            known = [(k, v) for k, v in found.items() if _is_version(k, v)] if isinstance(found, dict) else []
+            state._metadata = dict(known) | {WRAPPED.sub("", f"{k}.").rstrip("."): v for k, v in known}
             return state
     keys = f" under {', '.join(map(str, list(content)[:9]))}" if isinstance(content, dict) and content else ""
     raise UsageError(f"checkpoint {path} holds no state dict{keys}: save model.state_dict()")
+
+
+def _is_version(name: object, about: object) -> bool:
+    return isinstance(name, str) and isinstance(about, dict) and isinstance(about.get("version"), int)
 
 
 def is_plain(value: Tensor) -> bool:

@@ -29,6 +29,7 @@ class Busy(TimeLimit):
 
 
 class _Lease(SoftFileLease):
+    # From filelock 4.2 on; earlier ones rename.
     def _take_over(self, marker: os.stat_result, breaker_pid: int | None) -> None:
         """Take a dead process's place; where the disk exchanges no two files, as NFS, free it for the next try.
 
@@ -37,6 +38,9 @@ class _Lease(SoftFileLease):
         super()._take_over(marker, breaker_pid)
         file, guard = Path(self.lock_file), Path(f"{self.lock_file}.freed")
         if self._is(file, marker):
+            with contextlib.suppress(OSError):  # such as a guard of one that died here, long ago
+                if time.time() - guard.stat().st_mtime > LEASE:
+                    guard.rmdir()
             with contextlib.suppress(FileExistsError):  # another process frees it
                 guard.mkdir()
                 try:

@@ -120,7 +120,8 @@ RUN = (
     ("--tag --log_tag", "suffix of the run folder's name", dict(default="")),
     ("--resume", "continue the run's last checkpoint, if there is one; without it, an earlier run of the same name is "
      "set aside as NAME.1, NAME.2 ...", dict(action="store_true")),
-    ("--time_limit", "stop with a checkpoint before so many minutes have passed, exit code 75; --resume goes on",
+    ("--time_limit", "stop with a checkpoint before so many minutes have passed, exit code 75 (0 where torchrun would "
+     "start it again); --resume goes on",
      dict(type=positive, metavar="MINUTES")),
     ("--evaluate_only --test_only", "score the run's best checkpoint (or --ckpt) and stop", dict(action="store_true")),
     ("--ckpt", "weights for --evaluate_only", dict(metavar="FILE")),

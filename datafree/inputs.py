@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data import SOURCES, get_dataset, get_segmentation
+from data.splits import printable
 from datafree.errors import UsageError
 
 
@@ -34,16 +35,16 @@ def open_data(args: argparse.Namespace, metadata: Mapping, train: bool = False, 
         known = metadata if args.dataset in ("none", "folder") else {}
         channels, num_classes = (args.channels, args.num_classes) if "channels" in args else (None, None)
         size, channels = args.img_size or known.get("img_size"), channels or known.get("channels")
-        if args.dataset in ("none", "folder"):
-            told = {len(values) for values in (args.mean, args.std) if values}
-            channels = channels or (told.pop() if len(told) == 1 else None)
+        told = {len(values) for values in (args.mean, args.std) if values}
+        if "channels" in args and args.dataset in ("none", "folder") and told in ({1}, {3}):
+            channels = channels or told.pop()
         if args.dataset == "none":
             num_classes = num_classes or metadata.get("num_classes")
         about = args.dataset, args.data_root, size, channels, args.mean, args.std, args.attribute
         data = get_dataset(*about, train=train, num_classes=num_classes)
-        names = metadata.get("class_names", ())
-        if args.dataset == "none" and len(names) == data.num_classes:
-            data = replace(data, class_names=tuple(map(str, names)))
+        names = tuple(printable(str(name)) for name in metadata.get("class_names", ()))
+        if args.dataset == "none" and len(names) == len({*names}) == data.num_classes:
+            data = replace(data, class_names=names)
         if args.dataset == "none" and (source := SOURCES.get(metadata.get("dataset"))):
             data = replace(data, padding=source.padding(data.img_size), flip=source.flip)
     for key in ("mean", "std"):

@@ -138,7 +138,12 @@ class Run:
         """Whether a run's flags, data and teacher are this one's but for fewer epochs; one that says nothing is not."""
         with contextlib.suppress(OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             old = json.loads((folder / "args.json").read_text())
-            return old["n_epochs"] < self.args.n_epochs and not self._changed(old)
+            if old["n_epochs"] < self.args.n_epochs:
+                if changed := self._changed(old):
+                    print(
+                        f"{folder.name} is shorter, but of another {', '.join(changed)}: this run does not go on from it"
+                    )
+                return not changed
         return False
 
     @property

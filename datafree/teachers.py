@@ -193,6 +193,8 @@ def check_network(network: nn.Module, what: str, data, runtime: Runtime) -> None
         before = images.clone()
         try:
             logits, again = look()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             network.to(memory_format=torch.contiguous_format).register_forward_pre_hook(_contiguous)
             logits, again = look()
@@ -230,6 +232,8 @@ def check_gradient(teacher: nn.Module, what: str, data, device: torch.device) ->
     try:
         passed = teacher(trial_images(data, device).requires_grad_()).requires_grad
         text = "take no_grad out of its forward"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a network's code raises
         passed, text = False, f"its forward ends in {said(error, 0)}"
     if not passed:

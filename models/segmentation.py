@@ -13,6 +13,7 @@ from torchvision.models import resnet50
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
+from .layers import init_weights
 from .registry import SEGMENTERS, register
 
 ATROUS_RATES = (12, 24, 32)  # as published; the usual third rate is 36
@@ -63,6 +64,7 @@ class MobileNetv2Backbone(nn.Module):
             size *= shrink
             dilation *= stride // shrink
         self.features = nn.Sequential(*layers)
+        init_weights(self, nn.init.kaiming_normal_)  # as published; of its inputs
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"out": self.features(x)}

@@ -15,7 +15,8 @@ setup() {
     [ -z "$(grep -vxFf "$stamp" <<<"$wanted" || true)" ]; then
     return
   fi
-  if ! "$PY" -m pip --version >/dev/null 2>&1; then
+  # An environment that uv made has no pip.
+  if ! { "$PY" -m pip --version || "$PY" -m ensurepip; } >/dev/null 2>&1; then
     for base in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10 ""; do
       "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break
     done

@@ -10,6 +10,7 @@ from reference_fill import fill, load_reference, noise
 import DFAD_caltech101
 import DFAD_cifar
 import DFAD_mnist
+import DFAD_nyu_deeplab
 from datafree.runtime import make_optimizer
 from models import get_generator, get_model, set_folded
 
@@ -113,6 +114,8 @@ def test_scheduler():
 
     assert falls() == []
     assert falls("--scheduler") == [100, 200]
+    nyuv2 = DFAD_nyu_deeplab.parse_args(["--scheduler"])
+    assert [DFAD_cifar.lr_fall(epoch, nyuv2) for epoch in (99, 100, 200)] == pytest.approx([1, 0.3, 0.09])
     assert falls("--variant", "mmrazor") == [20, 40]  # iterations 5000 and 10,000
     assert falls("--scheduler", "--n_epochs", "50") == [10, 20]
     assert falls("--scheduler", "--step_size", "20", "--n_epochs", "50") == [20, 40]

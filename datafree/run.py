@@ -140,9 +140,8 @@ class Run:
             old = json.loads((folder / "args.json").read_text())
             if old["n_epochs"] < self.args.n_epochs:
                 if changed := self._changed(old):
-                    print(
-                        f"{folder.name} is shorter, but of another {', '.join(changed)}: this run does not go on from it"
-                    )
+                    others = ", ".join(changed)
+                    print(f"{folder.name} is shorter, but of another {others}: this run does not go on from it")
                 return not changed
         return False
 

@@ -54,7 +54,7 @@ RECIPE = dict(
     k="student steps of an iteration", lr_S="learning rate of the student (SGD, momentum 0.9)",
     weight_decay="of the student", optimizer_G="of the generator", lr_G="learning rate of the generator",
     nz="length of z", milestones="with --scheduler: both learning rates x gamma at these fractions of the epochs",
-    gamma="with --scheduler",
+    gamma="what --scheduler multiplies the learning rates by",
 )  # fmt: skip
 FLAGS = (
     ("--scheduler", "let both learning rates fall", dict(action="store_true")),

@@ -136,7 +136,7 @@ class Cell:
     def differences(self, flags: Mapping) -> str:
         """The flags in which a run of this cell is not the published one, with the published value in brackets."""
         told, same = [], {"seed", "compile", *FREE, *self._identity}  # compiled, networks take the same steps
-        if flags.get("label_embedding") not in ("orthogonal", "teacher"):
+        if not self.exact and flags.get("label_embedding") not in ("orthogonal", "teacher"):
             same |= EMBEDDING.keys()  # a file, whose content is not known here
         for key in (k for k, wanted in self.args.items() if k not in same and flags.get(k, wanted) != wanted):
             got, wanted = _text(flags[key]), _text(self.args[key])

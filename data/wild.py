@@ -60,7 +60,7 @@ def open_wild(root: Path, img_size: int, channels: int) -> tuple[WildSplit, str]
             regular(root)
             with zipfile.ZipFile(root) as archive:
                 found = [i for i in archive.infolist() if _is_image(i.filename)]
-                files = [(os.fsencode(i.filename), i.file_size, i.CRC) for i in found]  # a zip knows what is in them
+                files = [(os.fsencode(i.filename), i.file_size, i.CRC) for i in found]
     except OSError as error:
         raise unreadable(f"image set {error.filename or root}", error, cure) from None
     except Exception as error:  # zipfile raises nearly anything on damaged files
@@ -68,9 +68,10 @@ def open_wild(root: Path, img_size: int, channels: int) -> tuple[WildSplit, str]
     files.sort()
     if not files:
         raise DataError(f"no images in {root}: it needs files such as " + " ".join(SUFFIXES))
-    digest, stamp = hashlib.sha256(), hashlib.sha256()
+    digest, stamp, unpacked = hashlib.sha256(), hashlib.sha256(), root.is_dir()
     for name, size, more in files:
-        digest.update(repr((name, size) if root.is_dir() else (name, size, more)).encode())
+        # A copy's times are others; what a zip says of its content stays.
+        digest.update(repr((name, size) if unpacked else (name, size, more)).encode())
         stamp.update(repr(more).encode())
     names = np.array([name for name, _, _ in files])
     labels = torch.zeros(1, dtype=torch.int64).expand(len(names))

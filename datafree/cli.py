@@ -145,7 +145,7 @@ NONE = (
     ("--num_classes", "with --dataset none (default: the teacher file's)", dict(type=count)),
     (
         "--channels",
-        "with --dataset none (default: the teacher file's, else as many as --mean and --std have values, else 3)",
+        "with --dataset none or folder (default: the teacher file's, else as many as --mean has values, else 3)",
         dict(type=int, choices=(1, 3)),
     ),
 )

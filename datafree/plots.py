@@ -72,14 +72,14 @@ def plot_lines(
     path: Path, lines: Mapping[str, Sequence[Point]], levels: Mapping[str, float], x: str, y: str
 ) -> None:  # fmt: skip
     """Draw a line through the points of each of `lines`, over a logarithmic axis x, and dashed `levels`."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.add_subplot(xscale="log", xlabel=x, ylabel=y)
     for label, points in lines.items():
-        axes.plot(*zip(*points, strict=True), marker=".", label=label)
+        axes.plot(*zip(*points, strict=True), marker="." if len(points) < 100 else "", linewidth=1, label=label)
     for i, (label, value) in enumerate(levels.items()):
         axes.axhline(value, color=f"C{len(lines) + i}", linestyle="--", label=f"{value:g}: {label}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small")
+    figure.legend(fontsize="x-small", loc="outside lower left")
     figure.savefig(path, dpi=120)
 
 

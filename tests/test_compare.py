@@ -257,3 +257,24 @@ def test_records_tell_what_is_known_of_them():
             assert r["teacher_weights"]["recipe"] == (recipe or {"digits": "digits"}.get(r["dataset"], "unknown"))
     pieces = records["mnist/DAFL_train-mnist-lenet5-lenet5_half-fp32-then-bf16.json"]["pieces"]
     assert [(p["epochs"], p["precision"]) for p in pieces] == [([1, 50], "fp32"), ([51, 58], "bf16")]
+
+
+LOGS = [f for f in sorted((ROOT / "results").rglob("*.log.txt")) if not f.name.endswith(".unfinished.log.txt")]
+
+
+@pytest.mark.parametrize("log", LOGS, ids=lambda f: f.name)
+def test_records_and_epochs_say_what_the_logs_beside_them_say(log):
+    """Records that their logs were made into, as the run's own was lost, above all."""
+    text, stem = log.read_text(), log.name.removesuffix(".log.txt")
+    made = json.loads((log.parent / f"{stem}.json").read_text())
+    epochs = dict(re.findall(r"^\[Eval\] Epoch=(\d+) \S+?=([\d.]+)", text, re.M))
+    with (log.parent / f"{stem}.metrics.csv").open(newline="") as file:
+        scores = [float(row["accuracy"]) for row in csv.DictReader(file)]
+    assert {str(i): f"{score:.2f}" for i, score in enumerate(scores, 1)} == epochs and len(scores) == made["epochs"]
+    assert (made["last"], made["best"]) == (scores[-1], max(scores)) and made["mean"] == pytest.approx(
+        sum(scores) / len(scores)
+    )
+    said = (
+        f"last {made['last']:.2f} %, best {made['best']:.2f} % (epoch {made['best_epoch']}), {made['seconds']:.0f} s:"
+    )
+    assert said in text

@@ -59,5 +59,7 @@ def test_it_takes_the_steps_of_a_cpu(name, tmp_path, checkpoints, in_double):
             flags = "--device", device, "--precision", "fp32", "--n_epochs", "2"
             run(case.script, *command(case, out, checkpoints, *flags))
         (last,) = out.glob("*/last.pt")
-        found.append({k: v for k, v in checkpoint.read(last)["run"]["states"].items() if k != "timer"})
+        states = checkpoint.read(last)["run"]["states"]
+        # Seconds differ, and only a CPU remembers the teacher's answers.
+        found.append({k: v for k, v in states.items() if k not in ("timer", "answers")})
     assert_close(*found)

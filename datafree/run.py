@@ -98,7 +98,7 @@ class Run:
         self.last, self.best = self.folder / "last.pt", self.folder / "best.pt"
         self.best_score, self.best_epoch, self.next_epoch = -math.inf, None, 0
         self.pieces, self.rows, self.bar, self.visdom, self.percent = [], [], None, None, None
-        self.longest, self.epoch_started = 0.0, time.monotonic()
+        self.longest, self.epoch_started, self.still = 0.0, time.monotonic(), []
         lock(args)
         try:
             if args.resume and not self.last.exists():
@@ -272,6 +272,8 @@ class Run:
         """
         losses = {k: float(v) for k, v in losses.items()}
         states = self._states(epoch, losses)
+        before, old = self.still, self.rows[-1] if self.rows else {}
+        self.still = [k for k, v in losses.items() if v and v == old.get(k)]
         row = {"epoch": epoch + 1, "seconds": round(self.seconds(), 3), self.column: percent, **losses, **more}
         self.rows.append(row)
         self._write_rows()
@@ -285,6 +287,10 @@ class Run:
             self.facts["score"] = f"{percent:.2f}"
         shown = " ".join(f"{k}={v:.4f}" for k, v in losses.items())
         self.log(f"[Eval] Epoch={epoch + 1} {self.score}={percent:.2f} Best={self.best_score:.2f} {shown}")
+        if self.still and not before:
+            # A saturated generator has no gradient: it makes one image for ever, and the student learns nothing more.
+            cure = "what they train has died: another --seed or a lower learning rate may help"
+            self.log(f"{', '.join(self.still)} to the last bit as in the epoch before: {cure}")
         if self.visdom:
             for name, value in {self.column: percent, **losses}.items():
                 self.visdom.curve(name, epoch + 1, value)

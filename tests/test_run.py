@@ -327,6 +327,14 @@ def test_a_log_that_is_no_terminal_says_a_line_a_minute(tmp_path, checkpoints, m
     assert len(lines) == 4 and "images/s" in lines[0] and "left, loss" in lines[0]
 
 
+def test_a_generator_that_has_died_is_told_once(tmp_path, checkpoints, monkeypatch, capsys):
+    """One without a gradient: its loss stays what it is."""
+    monkeypatch.setattr(DAFL_train, "one_hot_loss", lambda logits: 0 * logits.sum() + 2)
+    run(DAFL_train, *command(DAFL, tmp_path, checkpoints))
+    said = "loss_oh to the last bit as in the epoch before: what they train has died"
+    assert capsys.readouterr().out.count(said) == 1
+
+
 def test_resume_of_a_damaged_checkpoint_is_refused(tmp_path, checkpoints, refused):
     argv = command(DAFL, tmp_path, checkpoints, "--n_epochs", "2")
     run(DAFL_train, *argv)

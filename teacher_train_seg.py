@@ -12,8 +12,8 @@ Published settings:
 {presets}
 The published backbone starts from ImageNet's weights: downloaded for ResNet-50, or read from --backbone_weights.
 
-Differences from the published code: without ImageNet's weights it goes on, from scratch, which
-costs many points of mIoU on a few hundred images; the line at the start says so. Images that are
+Differences from the published code: without ImageNet's weights it goes on, from scratch, with a
+line at the start that says so: 22.8 mIoU after 10 of 200 epochs on CamVid (results/camvid/). Images that are
 left of an epoch, fewer than a batch, are left out (22 updates instead of 23 on CamVid).
 """
 
@@ -101,7 +101,7 @@ def load_backbone(model: nn.Module, args: Namespace) -> str:
             state, path = fetch("resnet50_imagenet"), f"torchvision's {PRETRAINED['resnet50_imagenet']}"
         except UsageError as error:
             args.backbone_weights = "none"  # so the record says it
-            return f"{error}; backbone from scratch, which costs many points: --backbone_weights FILE brings them, too"
+            return f"{error}; backbone from scratch: --backbone_weights FILE brings them, too"
     backbone = getattr(model, "backbone", model)
     own = backbone.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}

@@ -15,7 +15,7 @@ class Answers:
     """The teacher's logits of images that may come again: it is asked once for each.
 
     Crops by 4 pixels and mirroring give an image 162 forms, and a student of Fast-Datafree meets each image of its pool
-    some 400 times: two thirds of what it meets it has met before, and most of its step's time is the teacher's.
+    364 times in the mean: two thirds of what it meets it has met before, and most of its step's time is the teacher's.
     `flush` appends what is new to `path`, and `state_dict` is the number of answers there, as with the pool's images.
 
     Args:

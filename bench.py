@@ -1,6 +1,6 @@
 """Times steps of DAFL, DFAD and Fast-Datafree in the published way and in ours, in turn in one run.
 
-    python bench.py                     # DAFL: LeNet-5, MNIST size, batch 512; --setting dfad_mnist: DFAD
+    python bench.py                     # DAFL: LeNet-5, MNIST size, batch 512, float32; --setting dfad_mnist: DFAD
     python bench.py --setting cifar10   # DAFL: ResNet-34 -> ResNet-18, batch 256; also dfad_cifar, fast_resnet
     python bench.py --setting fast_wrn  # fast_meta: WRN-40-2 -> WRN-16-1, batch 256; fast_wrn16: WRN-16-2 -> WRN-16-1
     python bench.py --setting teacher   # teacher training, WRN-40-2, batch 256
@@ -8,17 +8,19 @@
     python bench.py --ranks 1 2         # instead: ours by one and by two processes, see bench_ranks.py
 
 The published way is float32, NCHW, eager, with upsampling and convolution apart and the C library's own treatment of
-freed memory; a teacher's images are read by four worker processes through PIL; for fast_meta, synthetic images are
-also written as PNG files and read back in this way, and the hooks on the teacher's BatchNorm layers stay in student
-steps too. The published scripts are slower still: their logging, their tests and their own data loaders are left out.
-Ours is what the script does on this device. A round of synthesis is Fast-2: two updates make a batch, which goes to
-the pool; images of a round, as of the six steps of a DFAD iteration, count once.
+freed memory; a teacher's images are read by four worker processes through PIL; for fast_meta, synthetic images are also
+written as PNG files and read back in this way, and the hooks on the teacher's BatchNorm layers stay in student steps
+too. On a GPU its convolutions are in TF32, PyTorch's default. The published scripts are slower still: their logging,
+their tests and their own data loaders are left out. Ours is what the script does on this device. A round of synthesis
+is Fast-2: two updates make a batch, which goes to the pool; images of a round, as of the six steps of a DFAD iteration,
+count once.
 
 Both run the same functions on the same networks, each in a process of its own, so that neither uses the other's memory;
-their blocks of steps alternate, so that a machine whose speed drifts drifts for both. Reported are the medians over the
-blocks, and of the ratio also the smallest and the largest. The share of the peak is the arithmetic that the
-convolutions and matrix products of that way really do, over what a large matrix product reaches in the same precision.
-Peak memory is the process's (on a GPU: PyTorch's).
+their blocks of steps alternate, so that a machine whose speed drifts drifts for both. (The published way's readers go
+on until eight batches wait, while ours runs: where there are any, the ratio is rather too small.) Reported are the
+medians over the blocks, and of the ratio also the smallest and the largest. The share of the peak is the arithmetic
+that the convolutions and matrix products of that way really do, over what a large matrix product reaches in the same
+precision. Peak memory is the process's (on a GPU: PyTorch's).
 """
 
 import datafree.interrupt  # noqa: F401
@@ -52,7 +54,7 @@ import DFAD_cifar
 import DFAD_mnist
 import teacher_train
 from data import SOURCES, TensorSplit
-from datafree import distributed
+from datafree import checkpoint, distributed
 from datafree.answers import Answers
 from datafree.augment import Transform
 from datafree.cli import DEVICE, Parser, batch, cli, count, number
@@ -87,6 +89,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     p.add(*FLAGS)
     args = p.parse_args(argv)
     args.batch_size = args.batch_size or (512 if args.setting.endswith("mnist") else BATCHES.get(args.setting, 256))
+    args.precision = args.precision or (DAFL_train.PRESETS["mnist"]["precision"] if args.setting == "mnist" else None)
+    if wrong := [n for n in args.ranks or () if args.batch_size % n or args.batch_size < 2 * n]:
+        p.error(f"--batch_size {args.batch_size} cannot be shared by {wrong[0]} processes: choose a multiple of it")
     return args
 
 
@@ -110,6 +115,7 @@ class Way:
         if runtime.device.type == "cpu":
             keep_memory(self.ours)
         self.runtime = runtime if self.ours else Runtime(runtime.device, "fp32")
+        torch.backends.cudnn.allow_tf32 = not self.ours  # PyTorch's default
         self.device, self.batch_size = runtime.device, args.batch_size
         self.args = script.parse_args([*flags, "--batch_size", args.batch_size])
         self.run = SimpleNamespace(tick=lambda loss: None)
@@ -279,13 +285,18 @@ class FastWay(Way):
         self.synthesizer = Fast(*networks, transform, shape, 10, self.runtime, pool, **settings)
         if self.ours:
             self.batches = self.synthesizer.sample(10**9, args.batch_size)
-            n = 2 * POOL * transform.forms if runtime.device.type == "cpu" else 0  # as datafree_kd.py's
+            n = 2 * POOL * transform.forms if remembers(runtime) else 0
             self.remembered = Answers(self.folded_teacher, 10, Path("unsaved"), n)
         else:
             self.batches = pool.sample(args.batch_size, self.device)
             for layer in self.synthesizer.hooks.layers:
-                layer.register_forward_pre_hook(lambda layer, x: torch.var_mean(x[0], (0, 2, 3), correction=0) and None)
+                layer.register_forward_pre_hook(self.watch)
         self.optimizer = make_optimizer("sgd", self.student.parameters(), 0.1, 1e-4)
+
+    def watch(self, layer: nn.Module, x: tuple[Tensor]) -> None:
+        """The published hooks in student steps; in synthesis the synthesizer's own take the statistics."""
+        if self.student.training:
+            torch.var_mean(x[0], (0, 2, 3), correction=0)
 
     def synthesis_round(self) -> None:
         """A batch for the pool, as in mid-run: with the adversarial term."""
@@ -313,6 +324,11 @@ PAIRS = {"fast_wrn": ("wrn40_2", "wrn16_1"), "fast_wrn16": ("wrn16_2", "wrn16_1"
 SETTINGS = {"mnist": DaflWay, "cifar10": DaflWay, "dfad_mnist": DfadWay, "dfad_cifar": DfadWay, "camvid": CamvidWay}
 SETTINGS |= dict.fromkeys(PAIRS, FastWay) | {"teacher": TeacherWay}
 BATCHES = {"camvid": 64}
+
+
+def remembers(runtime: Runtime) -> bool:
+    """Whether datafree_kd.py in one process keeps the teacher's answers."""
+    return runtime.device.type == "cpu" and not runtime.compiles
 
 
 def seconds_of(function: Callable[[], object], device: torch.device, times: int = 1) -> float:
@@ -345,7 +361,10 @@ def measure(kind: str, label: str | None = None, count: int = 1) -> float:
     """In the process of one way: a matrix product's speed; of a step arithmetic, bytes sent, seconds; or memory."""
     step = way.steps.get(label)
     if kind == "peak":
-        return matmul_peak(way.runtime)
+        speed = matmul_peak(way.runtime)
+        if way.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # the products' are no step's
+        return speed
     if kind == "work":
         with FlopCounterMode(display=False) as counter:
             step(way)
@@ -375,8 +394,12 @@ def finish(args: Namespace, runtime: Runtime, **figures: object) -> dict[str, ob
 def main(args: Namespace) -> dict[str, object]:
     """Measure and print; returns the figures."""
     runtime = setup(args)
+    if args.json:
+        checkpoint.check_writable(Path(args.json).parent, "--json")
+    labels = [
+        label for label in SETTINGS[args.setting].steps if label != LATER or remembers(runtime) and not args.ranks
+    ]
     if args.ranks:
-        labels = [label for label in SETTINGS[args.setting].steps if label != LATER]  # several ranks remember nothing
         for figures in bench_ranks.compare(args, runtime, labels, start_process, measure):
             done = finish(args, runtime, setting=args.setting, batch_size=args.batch_size, ranks=figures)
         return done
@@ -393,7 +416,7 @@ def main(args: Namespace) -> dict[str, object]:
         f"{'':30} {'images/s':^21} {'':20} {'share of the peak':^21}\n"
         f"{'':30} {'published':>10} {'ours':>10} {'ratio (min-max)':>20} {'published':>10} {'ours':>10}"
     )
-    for label in SETTINGS[args.setting].steps:
+    for label in labels:
         work, question = ask("work", label), ("seconds", label, 1 if "round" in label else args.steps)
         for _ in range(2):  # the first blocks do not count
             ask(*question)

@@ -12,12 +12,13 @@ wild) keep theirs: there is none to try it on.
 
 import datafree.interrupt  # noqa: F401
 
-import csv
 import importlib
 import io
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
+
+from filelock import FileLock
 
 import papers
 from compress import words
@@ -59,29 +60,28 @@ def without_data(cell: papers.Cell, factor: float) -> list[str]:
     return [*flags, *words(changed), *none, "--seed", str(SEED)]
 
 
-def tries(cells: Sequence[papers.Cell], done: set[tuple[str, str]], out: str, more: Sequence[str]) -> Iterator[dict]:
-    """Run what is not done; yields a line of rates.csv for each rate."""
+def tries(cells: Sequence[papers.Cell], out: str, more: Sequence[str]) -> Iterator[dict]:
+    """Run what is not in rates.csv; yields a line of it for each rate."""
     for cell in cells:
         method = cell.row["method"]
         for factor in papers.FACTORS:
             flags = [*without_data(cell, factor), "--out", out, "--resume", *more]
             args = papers.parse(cell.script, flags)
             rate = f"{getattr(args, papers.rate_of(args)):g}"
-            if (method, rate) in done:
+            key = cell.dataset, method, rate
+            if key in {tuple(line[k] for k in COLUMNS[:3]) for line in papers.known_rates()}:
                 continue
             try:
                 with redirect_stdout(io.StringIO()):
                     agreement = importlib.import_module(cell.script.removesuffix(".py")).main(args)["last"]
             except UsageError as error:
+                if "is being written by" in str(error):
+                    print(f"{method}: another search is at rate {rate}", flush=True)
+                    continue
                 if "NaN or infinite" not in str(error):
                     raise
                 agreement = 0.0
-            yield dict(zip(COLUMNS, (cell.dataset, method, rate, f"{agreement:.2f}"), strict=True))
-
-
-def known_rates() -> list[dict]:
-    """The lines of rates.csv."""
-    return list(csv.DictReader(io.StringIO(papers.RATES.read_text()))) if papers.RATES.exists() else []
+            yield dict(zip(COLUMNS, (*key, f"{agreement:.2f}"), strict=True))
 
 
 def main(args: Namespace) -> None:
@@ -90,11 +90,11 @@ def main(args: Namespace) -> None:
     known = {method: cell for method, cell in rows.items() if method not in ("noise", "real", "wild")}
     if wrong := [m for m in args.method or () if m not in known]:
         raise UsageError(f"no {wrong[0]} to search for in {args.track}: choose from {', '.join(known)}")
-    done = {(line["method"], line["rate"]) for line in known_rates() if line["track"] == args.track}
     where = ["--device", args.device, *(["--gpu", str(args.gpu)] if args.gpu is not None else [])]
-    for line in tries([known[m] for m in args.method or known], done, args.out, where):
-        lines = [*known_rates(), line]  # another search may have written, too
-        checkpoint.write(papers.RATES, as_csv(COLUMNS, lines).encode())
+    for line in tries([known[m] for m in args.method or known], args.out, where):
+        with FileLock(f"{papers.RATES}.lock"):  # another search may write, too
+            lines = [old for old in papers.known_rates() if any(old[k] != line[k] for k in COLUMNS[:3])]
+            checkpoint.write(papers.RATES, as_csv(COLUMNS, [*lines, line]).encode())
         print("{track} {method}: rate {rate}, agreement {agreement}".format(**line), flush=True)
 
 

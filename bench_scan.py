@@ -27,8 +27,10 @@ from tqdm import tqdm
 import DFND_train
 from bench import FLAGS, finish, memory_of
 from data import SOURCES, get_wild
+from datafree import checkpoint
 from datafree.augment import Transform
 from datafree.cli import Parser, cli, count
+from datafree.errors import UsageError
 from datafree.fold import fold_batch_norm
 from datafree.runtime import device_name, setup
 from models import MODELS, get_model
@@ -63,13 +65,21 @@ def main(args: Namespace) -> dict[str, object]:
     source = SOURCES["mnist" if args.teacher.startswith("lenet5") else "cifar10"]
     teacher = get_model(args.teacher, 10, source.channels).eval().requires_grad_(False)
     runtime.place(teacher)
+    try:
+        with torch.no_grad():
+            teacher(torch.zeros(1, source.channels, 32, 32, device=runtime.device))
+    except RuntimeError as error:
+        raise UsageError(f"--teacher {args.teacher} takes no images of 32x32 pixels: choose another") from error
+    if args.json:
+        checkpoint.check_writable(Path(args.json).parent, "--json")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "wild.zip"
         write_thumbnails(path, args.images)
         before, start = memory_of(resource.RUSAGE_SELF), time.perf_counter()
         split, _ = get_wild(str(path), ".", 32, source.channels)
         listed = time.perf_counter() - start
-        found = DFND_train.scan(fold_batch_norm(teacher), split, Transform(source.mean, source.std), runtime)
+        folded = runtime.compile(fold_batch_norm(teacher))
+        found = DFND_train.scan(folded, split, Transform(source.mean, source.std), runtime)
         scanned = time.perf_counter() - start - listed
     if found["broken"]:
         raise RuntimeError(f"{found['broken']} thumbnails could not be read")

@@ -39,6 +39,7 @@ from datafree.tables import as_csv, as_markdown, figure_of
 ROOT = Path(__file__).resolve().parent
 WHY = ROOT / "results" / "why.csv"  # why runs are not where the paper is: cells, or "METHOD on DATA" of none, in words
 MARKS = "<!-- results -->", "<!-- /results -->"
+PICTURES = ".png", ".svg", ".pdf"
 COLUMNS = (
     "cell source table dataset method teacher student verdict paper paper_std last last_std best best_std "
     "standard_error mean n best_minus_paper teacher_score scratch_score minutes synthesis_minutes precision hardware "
@@ -107,8 +108,12 @@ def parse_args(argv: Sequence | None = None) -> Namespace:
          dict(nargs="+", metavar="FILE")),
     )  # fmt: skip
     args = p.parse_args(argv)
-    if args.curves and not args.out:
-        p.error("--curves needs --out FILE.png")
+    modes = [k for k in ("curves", "benchmark", "readme") if getattr(args, k)]
+    if args.curves and Path(args.out or "").suffix not in PICTURES:
+        p.error(f"--curves needs --out FILE{' or FILE'.join(PICTURES)}")
+    given = [k for k, v in dict(dataset=None, method=None, format="md", out=None).items() if getattr(args, k) != v]
+    if wrong := modes[1:] + [k for k in given if modes and (modes[0], k) != ("curves", "out")]:
+        p.error(f"--{modes[0]} goes without --{' --'.join(wrong)}")
     return args
 
 

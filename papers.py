@@ -180,6 +180,22 @@ def rate_of(args: Mapping | Namespace) -> str:
     return "lr" if "lr" in args else "lr_S"
 
 
+def known_rates() -> list[dict[str, str]]:
+    """The lines of rates.csv, none if there is no such file.
+
+    Raises:
+        UsageError: a line is damaged.
+    """
+    lines = list(csv.DictReader(RATES.read_text().splitlines())) if RATES.exists() else []
+    for line in lines:
+        try:
+            float(line["agreement"])
+        except (LookupError, TypeError, ValueError) as error:
+            text = ",".join(str(value) for value in line.values())
+            raise UsageError(f"{RATES} has a line that is none of its own: {text}: mend or delete it") from error
+    return lines
+
+
 @functools.cache
 def benchmark(searched: bool = True) -> tuple[Cell, ...]:
     """The cells of the benchmark DFD-10, in the order of its file: dfd10-<track>-<method>.
@@ -187,7 +203,7 @@ def benchmark(searched: bool = True) -> tuple[Cell, ...]:
     searched: also dfd10-<track>-<method>-searched where the search has found a better rate than the method's own.
     """
     found, tried = [], {}
-    for line in csv.DictReader(RATES.read_text().splitlines()) if searched else ():
+    for line in known_rates() if searched else ():
         tried.setdefault(f"dfd10-{line['track']}-{line['method']}", {})[line["rate"]] = float(line["agreement"])
     with BENCHMARK.open(newline="") as file:
         for line in csv.DictReader(file):
@@ -307,16 +323,26 @@ def flags_of(record: Mapping) -> dict:
     return flags
 
 
-def of_benchmark(record: Mapping) -> bool:
-    """Whether a record lies among the benchmark's, whose lengths are not those of any table."""
-    return record.get("file", "").startswith("dfd10/")
+def of_benchmark(record: Mapping, published: bool = False) -> bool:
+    """Whether a record is one of the benchmark's, whose lengths are hardly those of any table.
+
+    Args:
+        published: its command is a table's, too: only where it lies tells then.
+    """
+    if record.get("file", "").startswith("dfd10/"):
+        return True
+    return not published and any(
+        cell.dataset == record["dataset"] and cell.made(flags_of(record)) for cell in benchmark()
+    )
 
 
 def runs_of(cell: Cell, records: Iterable[Mapping]) -> dict[str, list[Mapping]]:
     """The records of a cell's runs by how they differ from the published one; the fewest differences first."""
     found = {}
-    for record in records if cell.exact else (r for r in records if not of_benchmark(r)):
-        if record["dataset"] == cell.dataset and cell.made(flags := flags_of(record)):
+    for record in records:
+        if record["dataset"] != cell.dataset or not cell.made(flags := flags_of(record)):
+            continue
+        if cell.exact or not of_benchmark(record, published=not cell.differences(flags)):
             found.setdefault(cell.differences(flags), []).append(record)
     return dict(sorted(found.items(), key=lambda item: (item[0].count("("), item[0])))
 

@@ -174,7 +174,9 @@ def run(command: Sequence[str], out: str, time_limit: float | None) -> None:
                 raise TimeLimit("time limit: the same command goes on")
             command = [*command, "--time_limit", f"{left:.2f}"]
         if code := subprocess.run([sys.executable, HERE / command[0], *command[1:]]).returncode:
-            sys.exit(code)
+            if code < 0:  # it could not say so itself
+                print(f"{name} was ended by signal {-code} (9: perhaps for lack of memory)", file=sys.stderr)
+            sys.exit(code if code > 0 else 128 - code)
 
 
 def run_name(command: Sequence[str]) -> str:

@@ -367,9 +367,9 @@ def cli(main: Callable, parse_args: Callable) -> None:
         # torchrun would start a job that fails again.
         _stop(limit, 0 if distributed.RESTARTS < distributed.MOST_RESTARTS else 75)
     except OSError as error:
-        cure = "see that it is there and can be read and written, that there is room, or choose another --out"
-        what = f"{error.strerror or error}: {error.filename or 'a file of this run'}"
-        _stop(f"{what}: {cure}; what is saved is whole, --resume goes on from it", 2)
+        cure = "see that it is there and can be read and written, that there is room"
+        cure += ", or choose another --out; what is saved is whole, --resume goes on from it" * ("resume" in args)
+        _stop(f"{error.strerror or error}: {error.filename or 'a file of this run'}: {cure}", 2)
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
         if distributed.lost(error):
             # torchrun reports the one that fails first, and ends the others: that is not to be this one.
@@ -380,7 +380,8 @@ def cli(main: Callable, parse_args: Callable) -> None:
         names = [f"--{k}" for k in flags if k in args]
         _stop(f"the device's memory is too small for this: lower {' or '.join(names) or 'the sizes'}", 2)
     except KeyboardInterrupt:
-        _stop("interrupted; the same command with --resume goes on from the last whole epoch", 130)
+        on = "; the same command with --resume goes on from the last whole epoch" * ("resume" in args)
+        _stop(f"interrupted{on}", 130)
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ def teacher_of(record: Mapping) -> str:
 
 def precision_of(record: Mapping) -> str:
     """A run's precision, piece by piece if there are several."""
-    pieces = [f"{p['epochs'][0]}-{p['epochs'][1]} {p['precision']}" for p in record["pieces"] or ()]
+    pieces = [f"{p['epochs'][0]}-{p['epochs'][1]} {p['precision']}" for p in record.get("pieces") or ()]
     return ", ".join(pieces) if len(pieces) > 1 else record["precision"]
 
 

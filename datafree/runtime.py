@@ -103,6 +103,7 @@ def setup(args: argparse.Namespace) -> Runtime:
             raise UsageError(f"{text}: choose another --gpu, or --device cpu")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)  # of an earlier run in this process
         torch.backends.cudnn.benchmark = True
     else:
         device = torch.device("cpu")

@@ -2,6 +2,7 @@
 #
 # `setup` goes to the repository's root, makes .venv there, installs what is missing of requirements.txt and the files
 # named, and sets PY to the environment's Python. A second call is at once. PYTHON names an interpreter to start from.
+# Paths among a script's flags are taken from the repository's root, wherever it is called.
 
 set -euo pipefail
 
@@ -17,7 +18,7 @@ setup() {
   fi
   # An environment that uv made has no pip.
   if ! { "$PY" -m pip --version || "$PY" -m ensurepip; } >/dev/null 2>&1; then
-    for base in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10 ""; do
+    for base in ${PYTHON:+"$PYTHON"} ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10} ""; do
       "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break
     done
     if [ -z "$base" ]; then

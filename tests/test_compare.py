@@ -120,7 +120,7 @@ def test_accuracy_over_student_steps(tmp_path, monkeypatch):
     """Of runs with their metrics.csv, epochs of warm-up left out, and the published value of each."""
     drawn = []
     monkeypatch.setattr(compare, "plot_lines", lambda path, *what: drawn.append((path.name, *what)))
-    fast, dfnd, dfad = CELLS["fast-53"].args, dict(batch_size=256), dict(epoch_itrs=50, k=5)
+    fast, dfnd, dfad = CELLS["fast-53"].args, dict(batch_size=256, n_epochs=2), dict(epoch_itrs=50, k=5)
     runs = {
         "a": dict(script="datafree_kd.py", args=fast | dict(warmup=1), published=[
             dict(cell="fast-53", method="Fast-10", source="Fast-Datafree", value=89.29)
@@ -133,7 +133,7 @@ def test_accuracy_over_student_steps(tmp_path, monkeypatch):
     }  # fmt: skip
     for name in "abcdf":
         (tmp_path / f"{name}.metrics.csv").write_text("epoch,accuracy\n1,10\n2,20\n")
-    records = [dict(dataset="cifar10", file=f"{name}.json") | run for name, run in runs.items()]
+    records = [dict(dataset="cifar10", file=f"{name}.json", precision="bf16") | run for name, run in runs.items()]
     compare.plot_steps(records, tmp_path, tmp_path)
     ((name, lines, levels, *_),) = drawn
     assert name == "steps-cifar10.png" and levels == {"Fast-10, Fast-Datafree, fast-53": 89.29}

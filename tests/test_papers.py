@@ -423,6 +423,39 @@ def test_a_search_goes_on(monkeypatch, tmp_path, capsys):
         bench_rates.main(bench_rates.parse_args(["--method", "real"]))
 
 
+def test_what_another_search_is_at_is_left_to_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(papers, "RATES", tmp_path / "rates.csv")
+
+    def main(args):
+        if args.lr > 0.02:
+            raise UsageError("runs/rates/x is being written by process 1 on a: wait for it")
+        (tmp_path / "rates.csv").write_text("track,method,rate,agreement\nmnist,fast,0.003,7.00\n")
+        return {"last": 50.0}
+
+    monkeypatch.setattr(datafree_kd, "main", main)
+    bench_rates.main(bench_rates.parse_args(["--method", "fast"]))
+    assert "fast: another search is at rate 0.03" in capsys.readouterr().out
+    assert {line["rate"]: line["agreement"] for line in papers.known_rates()} == {"0.003": "7.00", "0.001": "50.00"}
+
+
+@pytest.mark.parametrize("line", ["<<<<<<< HEAD", "mnist,fast,0.01", "mnist,fast,0.01,"])
+def test_a_damaged_line_of_the_rates_is_told(line, monkeypatch, tmp_path):
+    monkeypatch.setattr(papers, "RATES", tmp_path / "rates.csv")
+    assert papers.known_rates() == []
+    (tmp_path / "rates.csv").write_text(f"track,method,rate,agreement\n{line}\n")
+    with pytest.raises(UsageError, match=f"{line}.*: mend or delete it"):
+        papers.benchmark.__wrapped__()
+
+
+def test_a_run_of_the_benchmark_is_none_of_a_published_cell(tmp_path):
+    """Wherever its record lies."""
+    cell = papers.find("dfd10-mnist-DAFL_train")
+    made = dict(args=cell.args, script=cell.script, dataset="mnist", precision="fp32", file="run/result.json")
+    assert papers.of_benchmark(made) and not papers.runs_of(papers.find("dafl-13"), [made])
+    made["args"] = made["args"] | {"n_epochs": 41}
+    assert not papers.of_benchmark(made) and papers.runs_of(papers.find("dafl-13"), [made])
+
+
 def test_a_better_rate_makes_a_row_of_its_own(monkeypatch, tmp_path):
     lines = ["track,method,rate,agreement"]
     lines += [f"mnist,fast,{rate},{score}" for rate, score in (("0.03", 1), ("0.01", 70), ("0.003", 71), ("0.001", 2))]

@@ -9,7 +9,7 @@ The algorithm is in DFAD_cifar.py. Published settings; the defaults of these fla
 {presets}
 
 The milestones, which --scheduler needs, are ours: the published ones lie behind the 40 epochs. So is the
-digits' setting; the shell script adds --scheduler to it, without which the last epochs scatter by several points.
+digits' setting; the shell script adds --scheduler to it, without which the last epochs scatter.
 """
 
 import datafree.interrupt  # noqa: F401

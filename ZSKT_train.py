@@ -2,7 +2,7 @@
 
     python teacher_train.py --dataset cifar10 --model resnet34 --recipe fast
     python ZSKT_train.py --dataset cifar10                 # 93.05 %: ResNet-34 -> ResNet-18
-    python ZSKT_train.py --dataset digits                  # embedded data: two to eight minutes on one core
+    python ZSKT_train.py --dataset digits                  # embedded data: minutes on one core
 
 Student S and generator G play a min-max game over what S believes otherwise than the teacher T:
 

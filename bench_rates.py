@@ -4,10 +4,10 @@
     python bench_rates.py --track mnist --method fast nayer
 
 A quarter of a row's run, with seed 100, is made with {factors} times the row's own rate and --dataset none. The rate
-whose student agrees most often with the teacher on images that were made as the run's are and that it has not seen is
-the best; a run that becomes infinite agrees never. What came out goes to benchmarks/rates.csv; a row whose rates are
-all there, and whose own is not the best, gets a second one, NAME-searched. Rows that learn from images (noise, real,
-wild) keep theirs: there is none to try it on.
+whose student agrees most with the teacher, beyond chance, on images that were made as the run's are and that it has not
+seen is the best; a run that becomes infinite agrees never. What came out goes to benchmarks/rates.csv; a row whose
+rates are all there, and whose own is not the best, gets a second one, NAME-searched. Rows that learn from images
+(noise, real, wild) keep theirs: there is none to try it on.
 """
 
 import datafree.interrupt  # noqa: F401

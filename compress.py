@@ -2,7 +2,7 @@
 
     python compress.py --teacher wrn40_2 --teacher_ckpt my_teacher.pt --num_classes 10 --img_size 32 \\
         --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 --student wrn16_1 --out small
-    python compress.py --dataset digits --student lenet5_half --int8 --out small   # embedded data: five minutes
+    python compress.py --dataset digits --student lenet5_half --int8 --out small   # embedded data; --minutes 5
     python compress.py --dataset digits --student same --int8 --out small          # no student: the teacher in int8
 
  1. The teacher is looked at: its logits, whether it has BatchNorm, whether {steps} steps make images of each class.

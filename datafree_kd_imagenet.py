@@ -39,7 +39,7 @@ Differences from the published code:
     none, is none. With 1,400 rounds it makes the table's 140k images; the second phase, with
     the published settings, adds 400k. The pool then has 81 GB, in memory and on disk.
  4. Reptile's difference is taken once, as published here; datafree_kd.py --is_maml 0 takes it 67
-    times, as published there. Adam hardly tells them apart.
+    times, as published there; Adam takes out a factor.
  5. The test is on whole central squares, not on the central 7/8 of them.
 The learning rate falls along a cosine to 0, as it does in the published logs; the milestones that are
 published, 120, 150 and 180, have no effect there. bn_mmt is theirs, too.

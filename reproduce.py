@@ -16,8 +16,8 @@
 Cells are the rows of results/paper_tables.csv, named after their paper and counted in its order; papers.py has their
 commands. A teacher whose file is in checkpoints/ or pretrained/ is not trained again. Runs that were stopped are
 resumed, finished ones are left alone. Data sets, transfer and wild sets are looked for, or downloaded, below
---data_root. With --dataset none a cell's command reads no image: its score is the agreement with the teacher.
-`compare.py` puts what came out beside the published values.
+--data_root. With --dataset none a cell's command reads no image: its score is the agreement with the teacher,
+beyond chance. `compare.py` puts what came out beside the published values.
 
 --executor (which needs submitit) makes a job of each cell and seed, its teacher first, and with --missing of those
 without evidence below --results. One that --time_limit stopped comes again until it is done: an epoch must fit into it.

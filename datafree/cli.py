@@ -177,7 +177,7 @@ class Parser(argparse.ArgumentParser):
     def add_dataset(self, default: str = "digits", none: bool = True) -> None:
         """The data set whose test images score the student; `none`: also without any."""
         text = "the teacher's data set; only its test images are used; none: no images at all, the score is the "
-        text += "agreement with the teacher on images that the student has not seen"
+        text += "agreement with the teacher, beyond chance, on images that the student has not seen"
         text = f"{text if none else 'the data set'} (default: %(default)s)"
         choices = TEST_SETS() if none else tuple(DATASETS)
         self.add(

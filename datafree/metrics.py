@@ -11,8 +11,8 @@ from data.segmentation import Segmentation
 from datafree.distributed import apart, part, total, turns
 from datafree.runtime import Runtime
 
-AGREEMENT = """no test images: the score is the agreement with the teacher on images that the student has not seen, \
-which is no accuracy"""
+AGREEMENT = """no test images: the score is the agreement with the teacher, beyond chance, on images that the student \
+has not seen, which is no accuracy"""
 # How the names of the scores begin that stand beside the one that counts.
 FURTHER = ("Acc@5", "iou_", "pixel_", "mean_acc", "frequency")
 EVALUATION_PIXELS = 2**25  # values of a test batch at the most: 1000 images of 32 x 32, 222 of 224 x 224
@@ -66,6 +66,32 @@ def agreement(student: nn.Module, teacher: nn.Module, batches: Iterable[Tensor],
     student.train(training)
     same, seen = total(counts).cpu().tolist()
     return 100 * same / seen
+
+
+@torch.no_grad()
+def agreement_beyond_chance(
+    student: nn.Module, teacher: nn.Module, num_classes: int, batches: Iterable[Tensor], runtime: Runtime
+) -> float:
+    """Cohen's kappa of what both call normalised images (N, C, H, W), in percent, at least 0.
+
+    The share on which they agree says nothing where a generator has died: of one image, over and over, it is 0 or 1.
+    Kappa = (share - chance) / (1 - chance), chance being the share by their frequencies of classes alone; where both
+    name one class only, 0.
+    """
+    training = student.training
+    student.eval()
+    counts = torch.zeros(3, num_classes, dtype=torch.int64, device=runtime.device)  # teacher's, student's, both
+    for x in batches:
+        with apart(), runtime.autocast():
+            t, s = teacher(x).argmax(1), student(x).argmax(1)
+        ones = torch.ones_like(t)
+        for count, classes, of in ((counts[0], t, ones), (counts[1], s, ones), (counts[2], t, (t == s).long())):
+            count.index_add_(0, classes, of)
+    student.train(training)
+    counts = total(counts).cpu().double()
+    shares = counts / counts[0].sum()
+    share, chance = float(shares[2].sum()), float(shares[0] @ shares[1])
+    return 100 * max(0.0, (share - chance) / (1 - chance)) if chance < 1 else 0.0
 
 
 @torch.no_grad()

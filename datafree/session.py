@@ -178,7 +178,8 @@ class Session:
         if self.score == "agreement":
             if self.unseen is None:  # --evaluate_only
                 raise UsageError("--evaluate_only needs test images: name a --dataset that has some")
-            return metrics.agreement(network, self.teacher, self.unseen(), self.runtime), {}
+            about = self.data.num_classes, self.unseen(), self.runtime
+            return metrics.agreement_beyond_chance(network, self.teacher, *about), {}
         measure = metrics.segmentation_scores if self.segmentation else metrics.classification_scores
         scores = measure(network, self.data, self.transform, self.runtime)
         return scores.pop(self.score), scores

@@ -4,14 +4,18 @@ import hashlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from sklearn.metrics import cohen_kappa_score
+from torch import nn
 
 import DAFL_train
 import datafree_kd
 import DFAD_cifar
 import DFND_train
 import ZSKT_train
-from datafree import checkpoint
+from datafree import checkpoint, metrics
+from datafree.runtime import Runtime
 from models import get_model
 
 SCRIPTS = {
@@ -119,3 +123,29 @@ def test_a_default_that_is_given_is_no_other_flag(checkpoints, tmp_path):
     (tmp_path / result["name"] / "result.json").unlink()
     again = datafree_kd.main(datafree_kd.parse_args([*flags, "--bn", "10", "--resume"]))
     assert again["name"] == result["name"] and again["last"] == result["last"]
+
+
+class Column(nn.Module):
+    """Puts a row of x (N, 2) into the class that its column names."""
+
+    def __init__(self, column: int):
+        super().__init__()
+        self.column = column
+
+    def forward(self, x):
+        return F.one_hot(x[:, self.column], 5).float()
+
+
+def test_the_score_is_cohens_kappa():
+    """Agreement beyond chance: none where a generator that has died shows one image."""
+    x = torch.randint(4, (100, 2), generator=torch.Generator().manual_seed(0))
+    x[:60, 1] = x[:60, 0]
+
+    def score(x):
+        runtime = Runtime(torch.device("cpu"), "fp32")
+        return metrics.agreement_beyond_chance(Column(1), Column(0), 5, x.split(30), runtime)
+
+    assert score(x) == pytest.approx(100 * cohen_kappa_score(x[:, 0], x[:, 1])) and 40 < score(x) < 75
+    assert score(x[:60]) == pytest.approx(100)
+    assert score(torch.ones_like(x)) == 0
+    assert score(torch.tensor([[0, 1], [1, 0]])) == 0  # kappa is -1

@@ -14,7 +14,7 @@ from PIL import Image
 from reference_fill import load_reference
 
 import datafree_kd
-from datafree import checkpoint, synthesis
+from datafree import checkpoint, metrics, synthesis
 from datafree.augment import Transform
 from datafree.pool import ImagePool, read_raw
 from datafree.run import Run
@@ -287,11 +287,21 @@ def test_shortened_pool_file_is_refused(tmp_path, checkpoints, refused):
 
 
 @pytest.mark.parametrize("method", ["zskt", "deepinv", "cmi", "fast_meta", "nayer"])
-def test_without_any_images(method, tmp_path, checkpoints):
+def test_without_any_images(method, tmp_path, checkpoints, monkeypatch):
     """The score is the agreement with the teacher on images that the student never learns from."""
+    score, scores, shares = metrics.agreement_beyond_chance, [], []
+
+    def looked_at(student, teacher, num_classes, batches, runtime):
+        batches = list(batches)
+        shares.append(metrics.agreement(student, teacher, batches, runtime))
+        scores.append(score(student, teacher, num_classes, batches, runtime))
+        return scores[-1]
+
+    monkeypatch.setattr(metrics, "agreement_beyond_chance", looked_at)
     flags = ("--dataset", "none", "--teacher_ckpt", checkpoints / "digits-resnet8-digits.pt", "--n_epochs", "2")
     result = start(tmp_path, checkpoints, *flags_of(method), *flags)
-    assert result["score"] == "agreement" and 0 < result["best"] <= 100 and result["test_images"] == 0
+    assert result["score"] == "agreement" and result["best"] == max(scores) and result["test_images"] == 0
+    assert all(0 <= score <= share <= 100 for score, share in zip(scores, shares, strict=True)) and max(shares) > 0
     if method != "zskt":
         batches = 4 if method == "nayer" else 2
         assert result["generated_images"] == batches * 32  # those that score it are not among them

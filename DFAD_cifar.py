@@ -40,7 +40,7 @@ from data import preset_of
 from datafree.cli import PICTURES, Parser, cli, count, describe_presets
 from datafree.distributed import share
 from datafree.losses import l1_loss
-from datafree.runtime import lr_at, make_optimizer, set_lr
+from datafree.runtime import keep_gradients, lr_at, make_optimizer, set_lr
 from datafree.session import Session
 
 CIFAR = dict(teacher="resnet34", student="resnet18", batch_size=256, n_epochs=500, epoch_itrs=50, k=5, lr_S=0.1,
@@ -121,6 +121,8 @@ def generator_step(
         loss_G = -(1 - loss_G).log()
     optimizer_G.zero_grad()
     loss_G.backward()
+    if keep_student_gradient:
+        keep_gradients(student)
     optimizer_G.step()
     student.requires_grad_(True)
     return loss_G.detach()

@@ -195,7 +195,7 @@ def scan(teacher: nn.Module, split: TensorSplit | FileSplit, transform: Transfor
     with tqdm(desc="scanning the wild set", total=len(own), unit=" images", unit_scale=True, disable=None) as bar:
         scanned = (split if len(own) == len(split) else split.take(own)).scan(512, runtime.device) if batches else ()
         for rows, (images, unreadable) in zip(batches, scanned, strict=True):
-            with apart(), runtime.autocast():
+            with apart(), runtime.eagerly(), runtime.autocast():
                 t_logits = teacher(transform(images))
             values[rows], labels[rows] = value_of(t_logits).cpu(), t_logits.argmax(1).cpu()
             broken += [(own[row].item(), reason) for row, reason in unreadable]

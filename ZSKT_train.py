@@ -43,7 +43,7 @@ from datafree.cli import PICTURES, Parser, cli, describe_presets
 from datafree.distributed import mean, share
 from datafree.errors import UsageError
 from datafree.losses import attention_loss, kd_loss
-from datafree.runtime import lr_at, make_optimizer, set_lr
+from datafree.runtime import keep_gradients, lr_at, make_optimizer, set_lr
 from datafree.session import Session
 
 FOLDER = dict(batch_size=128, n_epochs=100, epoch_itrs=250, k=10, lr_S=0.1, weight_decay=5e-4, lr_G=1e-3,
@@ -113,6 +113,8 @@ def generator_step(
     loss_G = -args.kl * kd_loss(s_logits, t_logits) / t_logits.shape[1]  # (1)
     optimizer_G.zero_grad()
     loss_G.backward()
+    if args.keep_student_gradient:
+        keep_gradients(student)
     optimizer_G.step()
     student.requires_grad_(True)
     return loss_G.detach()
@@ -168,7 +170,7 @@ def check_stages(s: Session) -> None:
     x = torch.zeros(1, s.data.channels, s.data.img_size, s.data.img_size, device=s.runtime.device)
     sides = []
     for network in (s.teacher, s.student.eval()):
-        with stage_outputs(network) as maps:
+        with s.runtime.eagerly(), stage_outputs(network) as maps:
             network(x)
         sides.append([m.shape[-1] for m in maps])
     if sides[0] != sides[1] or not sides[0]:

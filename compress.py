@@ -229,6 +229,8 @@ def distil(args: Namespace, s: Session) -> tuple[Namespace, dict]:
         plan = old
     else:
         print(f"{method}: measuring a few steps", flush=True)
+        if s.runtime.device.type == "cuda" or s.runtime.compiles:
+            run_seconds(script, parsed, 1)  # what is made once, kernels and programs, is no step's
         costs = [run_seconds(script, parsed, steps) for steps in (1, 11)]
         plan |= dict(zip(("n_epochs", "steps"), lengths(args.minutes or 5.0, *costs, most), strict=True))
         whole = most[0] * (costs[0] + most[1] * max(costs[1] - costs[0], 0) / 10) / 60

@@ -86,5 +86,6 @@ def draw(s: Session, generator: nn.Module, n: int, in_pixels: bool = True, seed:
         in_pixels: it gives pixels in 0..1, by its batch's statistics as datafree_kd.py's do; else normalised images.
     """
     z = generator.train(in_pixels).latents(n, generator=torch.Generator().manual_seed(seed)).to(s.runtime.device)
-    x = torch.cat([generator(part).float() for part in z.split(250)])
+    with s.runtime.eagerly():
+        x = torch.cat([generator(part).float() for part in z.split(250)])
     return ((x if in_pixels else s.transform.denormalize(x)).clamp(0, 1) * 255).round().byte()

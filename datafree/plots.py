@@ -99,7 +99,7 @@ def side_by_side(
     count = min(count, len(data.test))
     images = tqdm(data.test.whole(runtime.device), "side by side", total=count, leave=False, disable=None)
     for i, (x, y) in zip(range(count), images, strict=False):
-        with apart(), runtime.autocast():
+        with apart(), runtime.eagerly(), runtime.autocast():
             labels = [network(transform(x)).argmax(1) for network in networks.values()]
         parts = [x.float().cpu() / 255, *(data.paint(label) for label in (y, *labels))]
         save_image(torch.cat(parts, dim=3), folder / f"test{i:04}.png")

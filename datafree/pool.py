@@ -97,7 +97,8 @@ class ImagePool:
         near, far = rows[rows < self.n_near], rows[rows >= self.n_near]
         fetched = self._empty(len(far), "cpu", pinned=self.device.type == "cuda")
         torch.index_select(self.far, 0, far - self.n_near, out=fetched)
-        images = torch.cat([self.near[near.to(self.device)], fetched.to(self.device, non_blocking=True)])
+        at = (near.pin_memory() if self.device.type == "cuda" else near).to(self.device, non_blocking=True)
+        images = torch.cat([self.near[at], fetched.to(self.device, non_blocking=True)])
         return torch.cat([near, far]), images
 
     def batches(self, batch_size: int, n: int) -> Iterator[tuple[Tensor, Tensor]]:

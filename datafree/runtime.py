@@ -22,7 +22,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
-from datafree.distributed import LOCAL_RANK, SIZE, add_up
+from datafree.distributed import LOCAL_RANK, SIZE, add_up, gather
 from datafree.errors import UsageError
 
 
@@ -66,6 +66,13 @@ class Runtime:
         return torch.compiler.set_stance("force_eager") if self.compiles else nullcontext()
 
 
+def keep_gradients(network: nn.Module) -> None:
+    """Copy a network's gradients: those of a compiled one lie where its next backward pass writes."""
+    for parameter in network.parameters():
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.clone()
+
+
 def keep_memory(keep: bool = True) -> None:
     """Let the C library keep freed memory for the next step instead of giving it back.
 
@@ -104,6 +111,9 @@ def setup(args: argparse.Namespace) -> Runtime:
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         torch.cuda.reset_peak_memory_stats(device)  # of an earlier run in this process
+        if len(names := sorted({*gather([device_name(device)])})) > 1:
+            text = f"the processes have unlike GPUs ({', '.join(names)}), which draw unlike random numbers"
+            raise UsageError(f"{text}: let them have the same")
         torch.backends.cudnn.benchmark = True
     else:
         device = torch.device("cpu")

@@ -93,7 +93,8 @@ class Session:
         """The teacher with each BatchNorm that follows a convolution inside it: faster, the same logits."""
         # The registry's networks are known to fold.
         images = trial_images(self.data, self.runtime.device) if place_of(self.args.teacher) else None
-        with distributed.apart():
+        # Whoever asks first, be it under autocast: bfloat16's rounding is larger than what the copy may differ by.
+        with distributed.apart(), torch.autocast(self.runtime.device.type, enabled=False):
             folded = fold_batch_norm(self.teacher, images)
         # The teacher itself is watched: with other hooks each time it would be compiled each time.
         return folded if folded is self.teacher else self.runtime.compile(folded)

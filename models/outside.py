@@ -21,7 +21,7 @@ from types import ModuleType
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 PROGRAMS = (".pt2", ".pt", ".pth", ".ts")
@@ -156,6 +156,15 @@ class Program(nn.Module):
         self.training = False
         return self
 
+    def to(self, *args: object, **kwargs: object) -> "Program":
+        device = kwargs.get("device", args[0] if args else None)
+        if isinstance(device, str | torch.device) and isinstance(self.program, fx.GraphModule):
+            for node in self.program.graph.nodes:
+                if "device" in node.kwargs:  # of what it makes itself
+                    node.kwargs = {**node.kwargs, "device": torch.device(device)}
+            self.program.recompile()
+        return super().to(*args, **kwargs)
+
 
 def _read(network: nn.Module, given: tuple, output: object, num_classes: int) -> Tensor:
     return logits_of(output, num_classes)
@@ -165,7 +174,13 @@ def _load_program(path: str) -> Program:
     logging.disable(logging.WARNING)  # what is wrong is said in one line
     try:
         if path.endswith(".pt2"):
-            return Program(torch.export.load(path).module())
+            program = torch.export.load(path).module()
+            for node in program.graph.nodes:
+                # It says on which device and in which precision it was saved, not what its layers can take.
+                if node.target is torch.ops.aten._assert_tensor_metadata.default:
+                    program.graph.erase_node(node)
+            program.recompile()
+            return Program(program)
         return Program(torch.jit.load(path, map_location="cpu").eval())
     except Exception as error:  # whatever a damaged archive leads to
         text = f"{path} is damaged or no saved program: if it holds weights alone, give them as --teacher_ckpt"

@@ -11,14 +11,17 @@ import datafree_kd
 import DFAD_cifar
 from datafree import checkpoint, runtime
 
-COMMON = "--dataset digits --teacher resnet8 --student resnet8 --n_epochs 1 --precision fp32 --nz 8"
+COMMON = "--dataset digits --teacher resnet8 --student resnet8 --n_epochs 1 --precision fp32"
 CASES = {
-    "fast": (datafree_kd, "--method fast --ep_steps 2 --kd_steps 2 --warmup 0 --g_steps 1 --batch_size 16 --ngf 4 "
-             "--synthesis_batch_size 16"),
-    "nayer": (datafree_kd, "--method nayer --ep_steps 2 --kd_steps 2 --warmup 0 --g_steps 1 --batch_size 16 --ngf 4 "
-              "--synthesis_batch_size 16"),
-    "dafl": (DAFL_train, "--iterations 2 --batch_size 16"),
-    "dfad": (DFAD_cifar, "--epoch_itrs 1 --k 2 --batch_size 16"),
+    "fast": (datafree_kd, "--method fast --ep_steps 2 --kd_steps 2 --warmup 0 --g_steps 1 --batch_size 16 --nz 8 "
+             "--ngf 4 --synthesis_batch_size 16"),
+    "nayer": (datafree_kd, "--method nayer --ep_steps 2 --kd_steps 2 --warmup 0 --g_steps 1 --batch_size 16 --nz 8 "
+              "--ngf 4 --synthesis_batch_size 16"),
+    "dafl": (DAFL_train, "--iterations 2 --batch_size 16 --nz 8"),
+    "dfad": (DFAD_cifar, "--epoch_itrs 1 --k 2 --batch_size 16 --nz 8"),
+    "dfad_kept": (DFAD_cifar, "--epoch_itrs 2 --k 2 --batch_size 16 --nz 8 --keep_student_gradient"),
+    "deepinv": (datafree_kd, "--method deepinv --ep_steps 2 --kd_steps 2 --warmup 0 --g_steps 2 --batch_size 16 "
+                "--synthesis_batch_size 16"),
 }  # fmt: skip
 GPU = torch.cuda.is_available()
 

@@ -212,6 +212,22 @@ def test_zskt(keep):
     check_parameters(case, generator, student, published)
 
 
+@pytest.mark.parametrize("step", ["DFAD", "ZSKT"])
+def test_a_kept_gradient_is_a_copy(step):
+    """A compiled network's lies where its next backward pass writes."""
+    *trio, optimizer_G, _, _ = networks(VALUES["mmrazor_zskt/published"])
+    given, z = [], noise((4, 256), 0)
+    for p in trio[2].parameters():
+        p.register_post_accumulate_grad_hook(lambda p: given.append(p.grad))
+    if step == "DFAD":
+        DFAD_cifar.generator_step(z, *trio, optimizer_G, nullcontext, keep_student_gradient=True)
+    else:
+        args = ZSKT_train.parse_args(["--dataset", "cifar10", "--keep_student_gradient"])
+        ZSKT_train.generator_step(z, *trio, optimizer_G, args, nullcontext)
+    kept = {p.grad.data_ptr() for p in trio[2].parameters()}
+    assert given and kept.isdisjoint(g.data_ptr() for g in given)
+
+
 def test_attention_end_to_end(checkpoints, tmp_path, refused):
     """A run with it; networks without stages, or with other ones, are refused before the first epoch."""
     where = ("--dataset", "digits", "--at", "250", "--checkpoints", str(checkpoints), "--out", str(tmp_path))

@@ -3,6 +3,7 @@
 import copy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ import ZSKT_train
 from datafree import checkpoint
 from datafree.fold import fold_batch_norm
 from datafree.hooks import features_of, settle_features
+from datafree.runtime import Runtime
+from datafree.session import Session
 from models import NetworkError, get_model
 from models.outside import logits_of, word_of
 
@@ -220,6 +223,43 @@ def test_a_teacher_that_is_trained_is_found_by_its_file(nets, tmp_path, monkeypa
     made = run(DAFL_train, tmp_path, "--teacher", "nets.py:pair", *folder, *DAFL)
     assert made["teacher_weights"]["file"] == f"digits-{word_of('nets.py:pair')}-digits.pt"
     assert made["teacher_weights"]["run"].startswith("teacher_train-digits-nets_pair_")
+
+
+class Exported(nn.Module):
+    """Makes a tensor itself, and asks for a type: an export says of both where and what they were."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Conv2d(1, 10, 3)
+
+    def forward(self, x):
+        x = self.body(x).float().mean((2, 3))
+        return x + torch.arange(10, device=x.device)
+
+
+def test_a_saved_program_runs_in_another_precision_and_on_another_device(tmp_path):
+    network, x, several = Exported().eval(), torch.randn(2, 1, 32, 32), ({0: torch.export.Dim("n")},)
+    torch.export.save(torch.export.export(network, (x,), dynamic_shapes=several), tmp_path / "a.pt2")
+    program = get_model(str(tmp_path / "a.pt2"), 10, 1)
+    torch.testing.assert_close(program(x), network(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(program(x), network(x), rtol=0, atol=0.05)
+    assert program.to("meta")(x.to("meta")).device.type == "meta"
+
+
+def test_a_teacher_is_folded_whoever_asks_first():
+    """Under bfloat16's autocast, too, whose rounding is larger than what a folded copy may differ by."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(12) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())]
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 3), *layers, nn.Flatten(), nn.Linear(8 * 14 * 14, 10)).eval()
+    for layer in layers[1::3]:
+        nn.init.uniform_(layer.weight, 0.5, 2)
+        nn.init.uniform_(layer.running_var, 0.1, 1)
+    data, runtime = SimpleNamespace(channels=3, img_size=16), Runtime(torch.device("cpu"), "bf16")
+    session = SimpleNamespace(data=data, runtime=runtime, teacher=teacher, args=SimpleNamespace(teacher="a.py:net"))
+    with runtime.autocast(), torch.no_grad():
+        folded = Session.folded_teacher.func(session)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
 
 
 @pytest.mark.parametrize("file", ["any.pt2", "script.pt"])

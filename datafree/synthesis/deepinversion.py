@@ -1,5 +1,7 @@
 """Adaptive DeepInversion (Yin et al., CVPR 2020): the pixels themselves are optimised."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -71,7 +73,9 @@ class DeepInversion(Synthesizer):
                 t_logits = self.teacher(seen)
             student_bn = bool(self.bn) and not self.alone
             if student_bn or self.is_on("adv", adversarial):
-                with self.student_hooks.record(student_bn):
+                # Watched anew each time, it would be compiled each time.
+                compiled = self.runtime.eagerly() if student_bn else nullcontext()
+                with compiled, self.student_hooks.record(student_bn):
                     s_logits = self.student(seen)
         return self.losses_of(
             adversarial,

@@ -74,7 +74,8 @@ class Generative(Synthesizer):
         """Images of n latents that stay the same through a run, by the running statistics."""
         seed = torch.Generator().manual_seed(0)
         z = self.generator.latents(n, generator=seed).to(self.runtime.device)
-        x = self.generator.eval()(z)
+        with self.runtime.eagerly():
+            x = self.generator.eval()(z)
         self.generator.train()
         return x
 

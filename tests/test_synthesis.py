@@ -2,7 +2,6 @@
 
 import copy
 from argparse import Namespace
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -18,7 +17,7 @@ from datafree.fold import fold_batch_norm
 from datafree.hooks import BatchNormHooks
 from datafree.losses import contrastive_loss, decision_adversarial_loss, js_loss, l1_loss, total_variation
 from datafree.pool import ImagePool
-from datafree.runtime import cosine_at, make_optimizer
+from datafree.runtime import Runtime, cosine_at, make_optimizer
 from datafree.session import Session
 from datafree.synthesis.cmi import MemoryBank
 from models import get_generator, get_model, set_folded
@@ -26,7 +25,7 @@ from models import get_generator, get_model, set_folded
 CIFAR = Transform((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 DYNAMICS = load_reference("dynamics")["values"]
 LOSSES = load_reference("losses")["values"]
-RUNTIME = Namespace(device=torch.device("cpu"), autocast=nullcontext)
+RUNTIME = Runtime(torch.device("cpu"), "fp32")
 TARGETS = torch.arange(8)
 
 

@@ -30,7 +30,7 @@ Differences from the published code, which cannot run as it stands:
  1. It normalises wild images with ImageNet's statistics for a teacher trained with other ones: --wild_stats imagenet.
  2. The accuracy in Q comes from the teacher's file (published: 0.9523 for CIFAR-10 and 0.7774 for CIFAR-100), from
     --teacher_acc, or is estimated by the teacher's mean confidence.
- 3. Without test images (--dataset none) the score is the agreement with the teacher on wild images that were not
+ 3. Without test images (--dataset none) the score is the agreement with the teacher, beyond chance, on wild images not
     selected, a thousand at the most; --selection all holds out evenly spread ones.
  4. The networks run in bfloat16 where the hardware has it, the scan included (--precision fp32).
  5. Settings of data sets other than CIFAR are ours; CIFAR-100 has its own statistics, not CIFAR-10's.

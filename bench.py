@@ -344,7 +344,7 @@ def seconds_of(function: Callable[[], object], device: torch.device, times: int 
 
 
 def peak_speed(runtime: Runtime) -> float:
-    """Floating-point operations per second of a large matrix product or 3x3 convolution, the best of forty.
+    """Floating-point operations per second of a large matrix product or 3x3 convolution, the best of ten.
 
     On a CPU they may be different libraries': on one of AMD's, in float32, the convolution is 2.5 times as fast.
     """
@@ -357,7 +357,7 @@ def peak_speed(runtime: Runtime) -> float:
     )
 
     def best(function: Callable[[], Tensor]) -> float:
-        return min(seconds_of(function, runtime.device) for _ in range(20))
+        return min(seconds_of(function, runtime.device) for _ in range(5))
 
     product = 2 * size**3 / best(lambda: a @ b)
     return max(product, 2 * 9 * x.numel() * c / best(lambda: F.conv2d(x, weight, padding=1)))

@@ -358,11 +358,12 @@ BENCHMARK_TOP = """# DFD-10: what each method reaches in the same few steps
 Written by `python compare.py --benchmark` from the records in this folder; [the protocol](../../benchmarks/README.md)
 says what is fixed. In percent of the test images, ± the standard deviation over n seeds; "last tenth" is the mean ± the
 standard deviation over the last tenth of the epochs, of all seeds. "Agrees" is how often the student says what the
-teacher says of test images. Seconds are those of synthesis, and of all the rest; they and the memory are means over the
-seeds that ran on the hardware named, the first seed's. On mnist most rows have other seeds from other hardware, which
-rounds and draws differently: ± holds that, too. On the H200 up to nine other runs were on the same GPU, and some on the
-EPYC were stopped now and then while other things were timed: such seconds are upper bounds. A picture has one
-hardware's runs.
+teacher says of test images. Seconds are those of synthesis, and of all the rest; a script whose images serve one step
+only makes them in the rest. They and the memory are means over the seeds that ran on the hardware named, the first
+seed's. On mnist most rows have other seeds from other hardware, which rounds and draws differently: ± holds that, too.
+On the H200 up to nine other runs were on the same GPU, and some on the EPYC were stopped now and then while other
+things were timed: such seconds are upper bounds. A picture has one hardware's runs; there is another where that lacks
+methods.
 """
 BENCHMARK = {
     "method": "method", "last": "last", "last tenth": "tenth", "best": "best", "s.e.": "standard_error", "n": "n",
@@ -407,10 +408,14 @@ def benchmark(folder: Path) -> list[dict]:
         found.sort(key=itemgetter("last"), reverse=True)
         text.append(f"## {track}: {teacher} to {student}\n")
         if found:
-            hardware, drawn = max(files.items(), key=lambda item: len(item[1]))
-            names = [row["method"] for row in found if row["method"] in drawn]
-            plot_accuracy(folder / f"{track}.png", {name: drawn[name] for name in names}, log=True)
-            text.append(f"{as_markdown(BENCHMARK, found)}\n![Accuracy over seconds on {hardware}]({track}.png)\n")
+            text.append(as_markdown(BENCHMARK, found))
+            name, seen = track, set()
+            for hardware, drawn in sorted(files.items(), key=lambda item: -len(item[1])):
+                if not drawn.keys() <= seen:
+                    methods = [row["method"] for row in found if row["method"] in drawn]
+                    plot_accuracy(folder / f"{name}.png", {method: drawn[method] for method in methods}, log=True)
+                    text.append(f"![Accuracy over seconds on {hardware}]({name}.png)\n")
+                    name, seen = f"{name}-more", seen | drawn.keys()
         text += [f"Not run yet: {', '.join(missing)}.\n"] if missing else []
         rows += found
     (folder / "README.md").write_text("\n".join(text))

@@ -52,7 +52,7 @@ Differences from the published code (--as_published brings 1 to 4 and 6 back):
  5. The pool holds this run's images only, in memory, not whatever lies in a folder; a weight of 0
     leaves its term out, a round without any makes nothing; a full memory bank forgets its oldest rows.
  6. nayer: the student is in eval mode while all batches of a round are made, not the first alone; a
-    generator begins anew every --g_life epochs, not at such distances from the warm-up's end, too.
+    generator begins anew every --g_life rounds, not at such distances from the warm-up's end, too.
     Text features, the paper's embeddings, are --label_embedding FILE.npy; orthogonal rows need no file.
 Kept as published: nayer's random labels behind the whole turns of a batch may be equal, and then so are
 their images; on Tiny ImageNet it mirrors images during synthesis, too, which was not meant. The table's

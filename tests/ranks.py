@@ -26,10 +26,18 @@ import vanilla_kd
 import ZSKT_train
 from datafree import checkpoint, distributed, run
 from datafree.cli import cli
+from datafree.synthesis import METHODS
 from models import SEGMENTERS, get_model
 
 SMALL = "--nz 4 --ngf 2"
-KD = f"--ep_steps 1 --kd_steps 1 --n_epochs 1 --warmup 0 --batch_size 12 --synthesis_batch_size 12 {SMALL}"
+KD = "--ep_steps 1 --kd_steps 1 --n_epochs 1 --batch_size 12 --synthesis_batch_size 12"
+MORE = {  # for a method that draws or weighs more than usual
+    "deepinv": "--g_steps 3 --tv 0.1 --l2 0.1",
+    "cmi": "--g_steps 3 --bank_size 40 --n_neg 5",
+    "fast": "--g_steps 3",
+    "fast_meta": "--g_steps 3",
+    "nayer": "--g_steps 3 --g_loops 2",
+}
 GAME = "--n_epochs 1 --epoch_itrs 2 --k 2 --batch_size 12 --nz 4"
 CASES = {
     "teacher_train": (teacher_train, "--model resnet8 --n_epochs 1 --batch_size 12 --recipe dafl"),
@@ -44,17 +52,15 @@ CASES = {
     ),
     "ZSKT_train": (ZSKT_train, GAME),
     "DFND_train": (DFND_train, "--wild {out}/wild --num_select 24 --n_epochs 1 --batch_size 12"),
-    "zskt": (datafree_kd, f"--method zskt {KD}"),
-    "dfad": (datafree_kd, f"--method dfad {KD}"),
-    "dafl": (datafree_kd, f"--method dafl {KD}"),
-    "dfq": (datafree_kd, f"--method dfq {KD}"),
-    "deepinv": (datafree_kd, f"--method deepinv {KD.replace(SMALL, '')} --g_steps 3 --tv 0.1 --l2 0.1"),
-    "cmi": (datafree_kd, f"--method cmi {KD} --g_steps 3 --bank_size 40 --n_neg 5"),
-    "fast": (datafree_kd, f"--method fast {KD} --g_steps 3"),
-    "fast_meta": (datafree_kd, f"--method fast_meta {KD} --g_steps 3"),
-    "nayer": (datafree_kd, f"--method nayer {KD} --g_steps 3 --g_loops 2"),
-    "reptile": (datafree_kd, f"--method fast_meta {KD} --g_steps 3 --is_maml 0"),
-    "imagenet": (datafree_kd_imagenet, f"{KD.replace('--warmup 0', '')} --g_steps 2 --phase1_rounds 1 --z_rounds 4"),
+    **{
+        name: (
+            datafree_kd,
+            f"--method {name} --warmup 0 {KD} {SMALL if 'nz' in method.recipe else ''} {MORE.get(name, '')}",
+        )
+        for name, method in METHODS.items()
+    },
+    "reptile": (datafree_kd, f"--method fast_meta --warmup 0 {KD} {SMALL} --g_steps 3 --is_maml 0"),
+    "imagenet": (datafree_kd_imagenet, f"{KD} {SMALL} --g_steps 2 --phase1_rounds 1 --z_rounds 4"),
 }
 
 

@@ -78,7 +78,12 @@ def test_benchmark(tmp_path, capsys, monkeypatch):
     """Its rows stand in the order of their last scores; the last tenth is of all seeds' metrics.csv."""
     folder = tmp_path / "dfd10"
     folder.mkdir()
-    for name, seed, last in (("mnist-fast", 0, 90.0), ("mnist-fast", 1, 92.0), ("mnist-dafl", 0, 95.0)):
+    for name, seed, last in (
+        ("mnist-fast", 0, 90.0),
+        ("mnist-fast", 1, 92.0),
+        ("mnist-dafl", 0, 95.0),
+        ("mnist-dfq", 0, 80.0),
+    ):
         cell = papers.find(f"dfd10-{name}")
         run = record("dafl-13", seed=seed, best=96.0) | dict(script=cell.script, args=cell.args | dict(seed=seed))
         run |= dict(last=last, agreement=last + 1, synthesis_seconds=60.0, generated_images=1000, peak_memory=2e9)
@@ -86,20 +91,23 @@ def test_benchmark(tmp_path, capsys, monkeypatch):
         (folder / f"{name}-{seed}.json").write_text(json.dumps(run))
         scores = "".join(f"{i},{last + i % 2}\n" for i in range(20))
         (folder / f"{name}-{seed}.metrics.csv").write_text("seconds,accuracy\n" + scores)
-    # A picture has the runs of the hardware that most methods ran on.
-    run = json.loads((folder / "mnist-fast-0.json").read_text())
-    (folder / "mnist-fast-0.json").write_text(json.dumps(run | dict(hardware="another one")))
+    # A picture has the runs of the hardware that most methods ran on; other hardware's if it has others.
+    for name, hardware in (("fast-0", "another one"), ("fast-1", "a third one"), ("dfq-0", "another one")):
+        run = json.loads((folder / f"mnist-{name}.json").read_text())
+        (folder / f"mnist-{name}.json").write_text(json.dumps(run | dict(hardware=hardware)))
     drawn, plot = {}, compare.plot_accuracy
     monkeypatch.setattr(
-        compare, "plot_accuracy", lambda path, runs, **look: (drawn.update(runs), plot(path, runs, **look))
+        compare, "plot_accuracy", lambda path, runs, **look: (drawn.update({path.name: runs}), plot(path, runs, **look))
     )
     rows = compare.main(compare.parse_args(["--benchmark", "--results", str(tmp_path)]))
-    assert {name: path.name for name, path in drawn.items()} == {
-        "dafl": "mnist-dafl-0.metrics.csv", "fast": "mnist-fast-1.metrics.csv"
-    }  # fmt: skip
+    assert {picture: {name: path.name for name, path in runs.items()} for picture, runs in drawn.items()} == {
+        "mnist.png": {"fast": "mnist-fast-0.metrics.csv", "dfq": "mnist-dfq-0.metrics.csv"},
+        "mnist-more.png": {"dafl": "mnist-dafl-0.metrics.csv"},
+    }
     assert [(r["method"], r["n"], r["last"], r["agreement"]) for r in rows] == [
         ("dafl", 1, 95, 96),
         ("fast", 2, 91, 92),
+        ("dfq", 1, 80, 81),
     ]
     assert (rows[1]["tenth"], rows[1]["last_std"]) == (91.5, pytest.approx(2**0.5)) and rows[0]["tenth_std"] > 0
     text = (folder / "README.md").read_text()

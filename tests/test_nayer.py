@@ -11,8 +11,8 @@ from test_synthesis import CIFAR, RUNTIME, Recorded, check, close, networks
 import datafree_kd
 from datafree.errors import UsageError
 from datafree.pool import ImagePool
-from datafree.synthesis import METHODS, Nayer
-from datafree.synthesis.nayer import embeddings
+from datafree.synthesis import METHODS
+from datafree.synthesis.nayer import Nayer, embeddings
 from models import get_generator, get_model
 from models.generator import NoisyLayers
 

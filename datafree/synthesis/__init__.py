@@ -9,9 +9,14 @@ the command line, by `register("mine", Method(MyFamily, STUDENT | dict(...)))` b
 """
 
 # ruff: noqa: F401, what is imported here is what the package offers
+import importlib
+import pkgutil
+
 from .base import CRITERIA, FLAGS, GENERATOR, METHODS, STUDENT, Method, Sample, Synthesizer, register
 from .cmi import CMI
 from .deepinversion import DeepInversion
 from .fast import IMAGENET, Fast, FastLatents
 from .generative import Generative
-from .nayer import Nayer
+
+for _family in pkgutil.iter_modules(__path__):  # whose methods come with it
+    importlib.import_module(f"{__name__}.{_family.name}")

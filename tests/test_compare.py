@@ -282,7 +282,6 @@ def test_records_and_epochs_say_what_the_logs_beside_them_say(log):
     assert (made["last"], made["best"]) == (scores[-1], max(scores)) and made["mean"] == pytest.approx(
         sum(scores) / len(scores)
     )
-    said = (
-        f"last {made['last']:.2f} %, best {made['best']:.2f} % (epoch {made['best_epoch']}), {made['seconds']:.0f} s:"
-    )
-    assert said in text
+    said = f"last {made['last']:.2f} %, best {made['best']:.2f} % (epoch {made['best_epoch']}), "
+    _, found, rest = text.rpartition(said)
+    assert found and abs(int(rest.partition(" s:")[0]) - made["seconds"]) < 0.6  # the record's are rounded, too

@@ -64,6 +64,7 @@ from datafree.resume import ANYTHING, difference
 from datafree.run import Run
 from datafree.runtime import Runtime, lr_at, make_optimizer, set_lr
 from datafree.session import Session
+from models import word_of
 
 CIFAR = dict(num_select=600_000, batch_size=256, optimizer="sgd", lr=0.1, weight_decay=5e-4, milestones=[0.4, 0.8],
              lr_Q=1e-3, T=4.0)  # fmt: skip
@@ -216,12 +217,10 @@ def cached_scan(s: Session, split: TensorSplit | FileSplit, fingerprint: str, tr
 
     Raises UsageError if that is damaged.
     """
-    about = fingerprint, getattr(split, "stamp", ""), transform.mean, transform.std, s.runtime.precision
-    key = hashlib.sha256(repr(about).encode())
-    for name, tensor in s.teacher.state_dict().items():
-        key.update(name.encode())
-        key.update(tensor.detach().cpu().contiguous().numpy())
-    path = Path(s.args.out) / "wild_scans" / f"{key.hexdigest()[:16]}.pt"
+    teacher, shape = (word_of(s.args.teacher), s.args.teacher_sha256), (s.data.channels, s.data.img_size)
+    statistics = transform.mean, transform.std, s.runtime.precision
+    about = fingerprint, getattr(split, "stamp", ""), *teacher, *shape, *statistics
+    path = Path(s.args.out) / "wild_scans" / f"{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.pt"
     if from_first(path.exists):
         s.run.log(f"wild set: {len(split):,} images, scanned before ({path})")
         found, n = from_first(lambda: checkpoint.read(path)), len(split)

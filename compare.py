@@ -342,13 +342,14 @@ def plot_steps(records: Sequence[dict], results: Path, folder: Path, dataset: st
 
 
 def curves(files: Sequence[Path], out: str) -> None:
-    """Draw metrics.csv files; a file's label is its name, or its folder's."""
+    """Draw metrics.csv files; a file's label is its name, or its folder's, or where that repeats its path."""
     for path in files:
         if not path.is_file():
             raise UsageError(f"{path} does not exist: name the metrics.csv of a run")
     columns = files[0].read_text(errors="replace").partition("\n")[0].split(",")
     column = next((name for name in ("mIoU", "agreement") if name in columns), "accuracy")
     labels = [f.parent.name if f.name == "metrics.csv" else f.name.removesuffix(".metrics.csv") for f in files]
+    labels = [name if labels.count(name) == 1 else str(f) for name, f in zip(labels, files, strict=True)]
     plot_accuracy(out, dict(zip(labels, files, strict=True)), column, over="epoch")
     print(out)
 

@@ -140,6 +140,7 @@ def check_teacher(s: Session, out: Path, resume: bool) -> dict:
     """
     name, norms, picture = s.args.teacher, len(BatchNormHooks(s.teacher).layers), out / "teacher_check.png"
     about = {"sha256": s.teacher_record["sha256"], "mean": list(s.transform.mean), "std": list(s.transform.std)}
+    about["for"] = shared(s.args, None)
     if resume and (old := read_json(out / "teacher_check.json")).items() >= about.items():
         return old
     images, targets, sure = class_images(s, CHECK_STEPS)
@@ -201,7 +202,8 @@ def recipe_of(method: str, teacher: str, small: bool) -> tuple[ModuleType, str, 
         return DFAD_cifar, "epoch_itrs", presets[not small] | dict(scheduler=True)
     g_steps = 5 if issubclass(METHODS[method].family, Fast) else METHODS[method].recipe["g_steps"]
     recipe = {**METHODS[method].recipe, **METHODS[method].adjust("", teacher, g_steps), "g_steps": g_steps}
-    return datafree_kd, "ep_steps", recipe | dict(method=method) | (datafree_kd.SMALL["digits"] if small else {})
+    recipe = datafree_kd.for_small(recipe, datafree_kd.SMALL["digits"]) if small else recipe
+    return datafree_kd, "ep_steps", recipe | dict(method=method)
 
 
 def distil(args: Namespace, s: Session) -> tuple[Namespace, dict]:

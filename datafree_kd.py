@@ -79,7 +79,7 @@ from datafree.cli import FEATURES, PICTURES, Parser, cli, describe_presets, numb
 from datafree.errors import UsageError
 from datafree.hooks import BatchNormHooks, settle_features
 from datafree.inputs import trial_images
-from datafree.pool import ImagePool, read_raw
+from datafree.pool import ImagePool, check_alone, read_raw
 from datafree.run import run_folder
 from datafree.runtime import Stopwatch, cosine_at, make_optimizer, set_lr
 from datafree.session import Session
@@ -109,14 +109,20 @@ OWN = (
 )  # fmt: skip
 
 
+def for_small(recipe: dict, small: dict) -> dict:
+    """A recipe where it is not larger than that of `small` grey sets; methods without a warm-up have none there."""
+    return recipe | {
+        k: v if isinstance(v, str) else v * bool(recipe[k]) if k == "warmup" else min(v, recipe[k])
+        for k, v in small.items()
+        if k in recipe
+    }
+
+
 def preset_for(args: argparse.Namespace) -> dict:
     """The recipe of args: method, data set, teacher and g_steps (or None)."""
     method, pair = METHODS[args.method], SOURCES.get(args.dataset, SOURCES["folder"]).pair
     recipe = dict(method.recipe) | method.adjust(args.dataset, args.teacher or pair[0], args.g_steps)
-    small = preset_of(args.dataset, SMALL) | SMALL.get(f"{args.dataset}, {args.method}", {})
-    small = {k: v for k, v in small.items() if k in recipe}
-    for k, v in small.items():
-        recipe[k] = v if isinstance(v, str) else v * bool(recipe[k]) if k == "warmup" else min(v, recipe[k])
+    recipe = for_small(recipe, preset_of(args.dataset, SMALL) | SMALL.get(f"{args.dataset}, {args.method}", {}))
     recipe["kd_steps"] = min(recipe["kd_steps"], args.ep_steps or recipe["ep_steps"])
     if args.n_epochs and args.n_epochs < recipe["n_epochs"]:
         recipe["warmup"] = recipe["warmup"] * args.n_epochs // recipe["n_epochs"]
@@ -154,6 +160,8 @@ def parse_args(argv: Sequence | None = None) -> argparse.Namespace:
     if args.warmup >= args.n_epochs:
         left = f"leaves none of {args.n_epochs} epochs to the student"
         p.error(f"--warmup {args.warmup} {left}: lower it, or raise --epochs")
+    if family is CMI and args.dataset == "none" and not (args.bn or args.oh or args.adv):
+        p.error("--dataset none scores the student on images made without --cr: give --bn, --oh or --adv a weight")
     if args.cmi_init and family is not CMI:
         p.error("--cmi_init is for --method cmi")
     if args.save_dir and not args.export_images:
@@ -241,6 +249,8 @@ def main(args: argparse.Namespace) -> dict:
     inverted = read_inverted(args.cmi_init, shape) if args.cmi_init else None
     if args.save_dir:
         checkpoint.check_writable(args.save_dir, "--save_dir")
+        if args.export_images == "png" and not args.resume:
+            check_alone(args.save_dir, 0)
     family, rounds = METHODS[args.method].family, args.ep_steps // args.kd_steps
     batches = sum(counts(args, lambda adversarial: family.batches(vars(args), adversarial)))
     images = batches * args.synthesis_batch_size + (0 if inverted is None else len(inverted))
@@ -320,6 +330,10 @@ def read_inverted(path: str, shape: tuple[int, int, int]) -> Tensor:
     """Images uint8 (N, C, H, W) of shape (C, H, W) from a run's folder, an .npz or a folder."""
     path = Path(path)
     if (path / "pool.u8").is_file():
+        if (best := path / "best.pt").is_file():
+            known = checkpoint.metadata_of(checkpoint.read(best), best)
+            if (of := (known.get("channels"), *[known.get("img_size")] * 2)) != shape:
+                raise UsageError(f"the images of {path} are of shape {of}, not {shape}: name another --cmi_init")
         return read_raw(path / "pool.u8", shape)
     if path.suffix != ".npz":
         return get_images(path, shape[1], shape[0])

@@ -165,10 +165,13 @@ class ImagePool:
     def export(self, kind: str, folder: str | Path) -> Path:
         """Write all images to `folder`, "png" one file each, "npz" one archive (N, H, W, C); returns what was written.
 
-        Raises OSError as the file system does; of what cannot be written whole nothing is left.
+        Raises OSError as the file system does, of what cannot be written whole nothing is left, and UsageError where
+        pictures lie in `folder` that would not be overwritten: they would be taken for these ones.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if kind == "png":
+            check_alone(folder, len(self))
         if kind == "npz":
             images = self.images().permute(0, 2, 3, 1).numpy()
             _write_whole(folder / "images.npz", lambda file: np.savez_compressed(file, images=images))
@@ -177,6 +180,12 @@ class ImagePool:
             for i, image in enumerate(self.images(first, first + SIZE), first):
                 _write_whole(folder / f"{i:06}.png", lambda file, image=image: to_pil_image(image).save(file, "PNG"))
         return folder
+
+
+def check_alone(folder: str | Path, n: int) -> None:
+    """Raises UsageError if a folder holds pictures that n exported ones would not overwrite."""
+    if others := {path.name for path in Path(folder).glob("*.png")} - {f"{i:06}.png" for i in range(n)}:
+        raise UsageError(f"{folder} holds other pictures, as {min(others)}: give an empty --save_dir")
 
 
 def _write_whole(path: Path, write: Callable) -> None:

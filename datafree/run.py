@@ -67,12 +67,14 @@ def lock(args: argparse.Namespace, folder: Path | None = None) -> None:
 
 
 def finished(args: argparse.Namespace) -> dict | None:
-    """The record of this run if it is finished and --resume is given: it is not touched again."""
+    """The record of this run if it is finished, with --resume: nothing of it is touched, unless for more epochs."""
     path = run_folder(args) / "result.json"
     if not args.resume or not path.is_file():
         return None
     try:
         result = json.loads(path.read_text())
+        if result["epochs"] < (args.n_epochs or 0):  # a shorter one's folder, renamed
+            return None
         print(f"{path.parent} is finished: last {result['last']:.2f}, best {result['best']:.2f}; nothing is changed")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UsageError(f"{path} is damaged ({error}): delete it to finish the run again") from error
@@ -103,20 +105,28 @@ class Run:
         try:
             if args.resume and not self.last.exists():
                 self._stretch()
+            elif args.resume and (self.folder / "result.json").exists():
+                self._keep_result(json.loads((self.folder / "result.json").read_text())["name"])
             elif self.last.exists() and not args.resume:
-                self._set_aside()
+                self._set_aside(" (--resume would have continued it)")
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             with (self.folder / "log.txt").open("a"):
                 pass
         except OSError as error:
             raise UsageError(f"cannot write to {self.folder} ({error.strerror}): choose another --out") from error
 
-    def _set_aside(self) -> None:
+    def _set_aside(self, hint: str = "") -> None:
         n = 1
         while (old := self.folder.with_name(f"{self.name}.{n}")).exists():
             n += 1
         self.folder.rename(old)
-        print(f"an earlier run of this name is now {old} (--resume would have continued it)")
+        print(f"an earlier run of this name is now {old}{hint}")
+
+    def _keep_result(self, name: str) -> None:
+        """Put a shorter run's record by, under its name."""
+        result = self.folder / "result.json"
+        if result.exists():
+            result.rename(self.folder / f"result-{name}.json")
 
     def _stretch(self) -> None:
         """Go on with the run that differs in being shorter only, if there is just one."""
@@ -128,10 +138,10 @@ class Run:
             raise UsageError(f"--resume: which run is to go on, {names}? Rename its folder to {self.name}")
         for other in others:
             lock(self.args, other)
+            if self.folder.exists():  # stopped before its first checkpoint
+                self._set_aside()
             other.rename(self.folder)
-            result = self.folder / "result.json"
-            if result.exists():
-                result.rename(self.folder / f"result-{other.name}.json")
+            self._keep_result(other.name)
             print(f"{other.name} goes on as {self.name}: its schedule stretches")
 
     def _may_stretch(self, folder: Path) -> bool:

@@ -122,15 +122,18 @@ def find_teacher(args: argparse.Namespace, segmentation: bool = False) -> Path:
         if place.exists():
             return place
     if args.any_teacher and args.teacher_recipe:
-        files = {
-            teacher_file(folder, args.dataset, args.teacher, recipe)
-            for folder in (path.parent, SHIPPED)
+        others = {
+            recipe: file
+            for folder in (SHIPPED, path.parent)
             for recipe in (*RECIPES, "torchvision")
+            if (file := teacher_file(folder, args.dataset, args.teacher, recipe)).exists()
         }
-        others = [file for file in files if file.exists()]
         if len(others) == 1:
-            print(f"there is no {path}: {others[0]}, of another recipe, is the teacher")
-            return others[0]
+            (file,) = others.values()
+            print(f"there is no {path}: {file}, of another recipe, is the teacher")
+            return file
+        if others:
+            raise UsageError(f"there is no {path}: take another recipe's, --teacher_recipe {' or '.join(others)}")
     recipe = f" --recipe {args.teacher_recipe}" if args.teacher_recipe else ""
     if args.teacher_recipe == "torchvision":
         recipe = " --pretrained" if args.teacher in PRETRAINED else " --recipe imagenet"

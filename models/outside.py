@@ -5,7 +5,8 @@
     FILE.pt2, FILE.pt      what `torch.export.save` or TorchScript wrote: layers and weights in one
 
 Each becomes images (N, C, H, W) -> logits (N, num_classes), under its own parameter names. Files are run: take those
-of people whom you trust. Nothing is downloaded.
+of people whom you trust. Nothing is downloaded. torchvision's weights of inception_v3 and googlenet want --mean and
+--std of 0.5 0.5 0.5: only when it loads them itself does it bring images of ImageNet's statistics to that.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -156,14 +157,15 @@ class Program(nn.Module):
         self.training = False
         return self
 
-    def to(self, *args: object, **kwargs: object) -> "Program":
-        device = kwargs.get("device", args[0] if args else None)
-        if isinstance(device, str | torch.device) and isinstance(self.program, fx.GraphModule):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Program":
+        """What `to`, `cpu` and `cuda` do with tensors, of a network that holds a program, too."""
+        if isinstance(self.program, fx.GraphModule):
+            device = fn(torch.empty(0)).device
             for node in self.program.graph.nodes:
                 if "device" in node.kwargs:  # of what it makes itself
-                    node.kwargs = {**node.kwargs, "device": torch.device(device)}
+                    node.kwargs = {**node.kwargs, "device": device}
             self.program.recompile()
-        return super().to(*args, **kwargs)
+        return super()._apply(fn, recurse)
 
 
 def _read(network: nn.Module, given: tuple, output: object, num_classes: int) -> Tensor:

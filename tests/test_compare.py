@@ -203,6 +203,17 @@ def test_files_and_plots(folder, tmp_path, capsys):
         picture.unlink()
 
 
+def test_curves_of_runs_of_one_name(tmp_path, monkeypatch):
+    files = [tmp_path / folder / "run" / "metrics.csv" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_text("epoch,accuracy\n1,50\n")
+    drawn = {}
+    monkeypatch.setattr(compare, "plot_accuracy", lambda out, runs, *args, **kwargs: drawn.update(runs))
+    compare.curves(files, "a.png")
+    assert drawn == {str(file): file for file in files}
+
+
 def test_readme_between_the_marks(folder, tmp_path, monkeypatch, refused):
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     readme, flags = tmp_path / "README.md", ("--readme", "--results", str(folder))

@@ -166,6 +166,8 @@ def test_resumed_with_the_lengths_that_were_measured(folder, tmp_path, monkeypat
     assert {"plan.json", "teacher_check.json", f"{first['made']['run']}/last.pt"} <= set(same)
     weights = load_file(tmp_path / "student.safetensors")
     assert all(torch.equal(v, weights[k]) for k, v in before.items())
+    with pytest.raises(TypeError, match="NoneType"):  # other images: it is looked at anew
+        run(folder, "plain", tmp_path, *flags, "--resume", "--seed", "1")
 
 
 @pytest.mark.parametrize("minutes", [0.1, 1, 5, 60, 10000])

@@ -16,6 +16,7 @@ from reference_fill import load_reference
 import datafree_kd
 from datafree import checkpoint, metrics, synthesis
 from datafree.augment import Transform
+from datafree.errors import UsageError
 from datafree.pool import ImagePool, read_raw
 from datafree.run import Run
 from datafree.runtime import Runtime
@@ -239,6 +240,8 @@ def test_exported_images_start_cmi(kind, tmp_path, checkpoints):
         assert len(begun) == 96 and torch.equal(begun[:64], images)
         assert checkpoint.read(run / "last.pt")["run"]["states"]["synthesizer"]["bank"] == {"rows": 96}
         shutil.rmtree(run)
+    with pytest.raises(UsageError, match=r"of shape \(1, 32, 32\), not \(1, 16, 16\)"):
+        datafree_kd.read_inverted(str(folder), (1, 16, 16))
 
 
 def test_full_disk_while_exporting_loses_nothing(tmp_path, checkpoints, refused, monkeypatch):
@@ -256,6 +259,9 @@ def test_full_disk_while_exporting_loses_nothing(tmp_path, checkpoints, refused,
     (result,) = tmp_path.glob("*/result.json")
     datafree_kd.main(datafree_kd.parse_args([*flags, "--resume"]))  # exports, trains nothing
     assert len(list((tmp_path / "pngs").iterdir())) == 32
+    assert "000000.png: give an empty --save_dir" in refused(datafree_kd, *flags, "--seed", "5")  # before it begins
+    (tmp_path / "pngs" / "000032.png").touch()  # of a larger run
+    assert "000032.png" in refused(datafree_kd, *flags, "--resume")
     assert len((result.parent / "metrics.csv").read_text().splitlines()) == 2
 
 
@@ -372,6 +378,7 @@ def test_what_ends_in_one_line(tmp_path, checkpoints, refused):
         (("--method", "dafl", "--export_images", "png"), "keeps no images"),
         (("--cmi_init", empty), "is for --method cmi"),
         ((*cmi, "--cmi_init", empty), "no images below"),
+        ((*cmi, "--dataset", "none", "--bn", "0", "--oh", "0", "--adv", "0"), "made without --cr"),
         (("--method", "cmi", "--teacher", "lenet5", "--bn", "0", "--feature_layers", "blocks"), "has no stages"),
         ((*cmi, "--cmi_init", tmp_path / "none.npz"), "none.npz"),
         ((*cmi, "--cmi_init", tmp_path / "wrong.npz"), "not uint8 of (1, 32, 32)"),

@@ -245,6 +245,8 @@ def test_a_saved_program_runs_in_another_precision_and_on_another_device(tmp_pat
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(program(x), network(x), rtol=0, atol=0.05)
     assert program.to("meta")(x.to("meta")).device.type == "meta"
+    nn.Sequential(program).to_empty(device="cpu")  # as a part of another network, and back
+    assert program(x).device.type == "cpu"
 
 
 def test_a_teacher_is_folded_whoever_asks_first():

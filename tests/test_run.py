@@ -292,6 +292,30 @@ def test_more_epochs_go_on_with_the_shorter_run(tmp_path, checkpoints, capsys):
     )
 
 
+def test_more_epochs_after_its_folder_was_renamed(tmp_path, checkpoints, refused):
+    """As it asks for where two shorter runs could go on."""
+    argv = command(DAFL, tmp_path, checkpoints)
+    for n in "12":
+        run(DAFL_train, *argv, "--n_epochs", n)
+    assert "Rename its folder" in refused(DAFL_train, *argv, "--n_epochs", "3", "--resume")
+    folder = (tmp_path / DAFL.folder("--n_epochs", "2")).rename(tmp_path / DAFL.folder("--n_epochs", "3"))
+    result = run(DAFL_train, *argv, "--n_epochs", "3", "--resume")
+    assert [p["epochs"] for p in result["pieces"]] == [[1, 2], [3, 3]]
+    (before,) = folder.glob("result-*.json")
+    assert json.loads(before.read_text())["epochs"] == 2
+
+
+def test_more_epochs_where_the_longer_run_had_no_checkpoint_yet(tmp_path, checkpoints):
+    argv = command(DAFL, tmp_path, checkpoints)
+    run(DAFL_train, *argv, "--n_epochs", "1")
+    log = tmp_path / DAFL.folder("--n_epochs", "2") / "log.txt"
+    log.parent.mkdir()
+    log.write_text("stopped\n")
+    result = run(DAFL_train, *argv, "--n_epochs", "2", "--resume")
+    assert [p["epochs"] for p in result["pieces"]] == [[1, 1], [2, 2]]
+    assert (log.parent.with_name(f"{log.parent.name}.1") / "log.txt").read_text() == "stopped\n"
+
+
 def test_a_shorter_run_of_other_flags_keeps_its_name(tmp_path, checkpoints):
     """Such as another warm-up, which follows the number of epochs and is not in the name."""
     argv = command(DAFL, tmp_path, checkpoints)

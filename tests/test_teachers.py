@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -227,3 +228,16 @@ def test_what_ships_is_what_its_record_says(path):
 def test_a_shipped_teacher_is_found_from_a_fresh_clone(tmp_path):
     args = DAFL_train.parse_args(["--dataset", "mnist", "--checkpoints", str(tmp_path)])
     assert teachers.find_teacher(args).name == "mnist-lenet5-dafl-mnist.pt"
+
+
+def test_a_teacher_of_another_recipe(tmp_path, capsys):
+    """The only one there is, wherever it lies, is taken; of several the recipes are named."""
+    flags = ["--dataset", "cifar10", "--teacher", "wrn40_2", "--student", "wrn16_1", "--checkpoints", str(tmp_path)]
+    with pytest.raises(UsageError, match="--teacher_recipe fast or nayer"):
+        teachers.find_teacher(DAFL_train.parse_args(flags))
+    flags = ["--dataset", "digits", "--checkpoints", str(tmp_path)]
+    args = DAFL_train.parse_args(flags)
+    args.teacher_recipe = "dfad"
+    assert teachers.find_teacher(args).parent == teachers.SHIPPED
+    shutil.copy(teachers.SHIPPED / "digits-lenet5-digits.pt", tmp_path)
+    assert teachers.find_teacher(args).parent == tmp_path and "of another recipe" in capsys.readouterr().out

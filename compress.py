@@ -233,9 +233,11 @@ def distil(args: Namespace, s: Session) -> tuple[Namespace, dict]:
         print(f"{method}: measuring a few steps", flush=True)
         if s.runtime.device.type == "cuda" or s.runtime.compiles:
             run_seconds(script, parsed, 1)  # what is made once, kernels and programs, is no step's
-        costs = [run_seconds(script, parsed, steps) for steps in (1, 11)]
-        plan |= dict(zip(("n_epochs", "steps"), lengths(args.minutes or 5.0, *costs, most), strict=True))
-        whole = most[0] * (costs[0] + most[1] * max(costs[1] - costs[0], 0) / 10) / 60
+        # Where an epoch has several rounds, their images are a part of what a step costs.
+        first = kd_steps if (kd_steps := recipe.get("kd_steps", 1)) <= 10 else 1
+        costs = [run_seconds(script, parsed, steps) for steps in (first, first + 10)]
+        plan |= dict(zip(("n_epochs", "steps"), lengths(args.minutes or 5.0, *costs, most, first), strict=True))
+        whole = most[0] * (costs[0] + (most[1] - first) * max(costs[1] - costs[0], 0) / 10) / 60
         print(f"all of the recipe takes about {whole:,.0f} minutes here: --minutes says how many of them", flush=True)
     checkpoint.write_json(place, plan)
     n_epochs, steps = plan["n_epochs"], plan["steps"]
@@ -255,14 +257,15 @@ def run_seconds(script: ModuleType, parsed: Callable[..., Namespace], steps: int
             return float(next(csv.DictReader(file))["seconds"])
 
 
-def lengths(minutes: float, one: float, eleven: float, most: tuple[int, int]) -> tuple[int, int]:
+def lengths(minutes: float, short: float, longer: float, most: tuple[int, int], first: int = 1) -> tuple[int, int]:
     """Epochs, and steps of each, that take `minutes`, at most those of the recipe.
 
     Args:
-        one, eleven: seconds of an epoch of 1 and 11 steps; the rest of one, images and test, has 0.3 of the time.
+        short, longer: seconds of an epoch of `first` and of `first` + 10 steps; what an epoch has besides, images of
+            its one round and the test, has 0.3 of the time.
     """
-    seconds, step = 60 * minutes, max((eleven - one) / 10, one / 1000)
-    rest = max(one - step, 1e-3)
+    seconds, step = 60 * minutes, max((longer - short) / 10, short / 1000)
+    rest = max(short - first * step, 1e-3)
     n_epochs = min(most[0], int(max(2, 0.3 * seconds / rest)))
     steps = max(1, min(most[1], int((seconds / n_epochs - rest) / step)))
     if steps == most[1]:

@@ -170,10 +170,22 @@ def test_resumed_with_the_lengths_that_were_measured(folder, tmp_path, monkeypat
         run(folder, "plain", tmp_path, *flags, "--resume", "--seed", "1")
 
 
+def test_a_recipe_of_several_rounds_is_measured_over_whole_ones(folder, tmp_path, monkeypatch):
+    """DFQ makes images every ten steps; on small networks it has no warm-up, as the digits' recipe has none."""
+    measured = []
+    monkeypatch.setattr(
+        compress, "run_seconds", lambda script, parsed, steps: measured.append(parsed(30, steps)) or 1.0
+    )
+    run(folder, "batch", tmp_path, *SHORT[:2], "--batch_size", "16", "--minutes", "0.001", "--method", "dfq")
+    assert [a.ep_steps // a.kd_steps for a in measured] == [1, 2] and {a.warmup for a in measured} == {0}
+
+
+@pytest.mark.parametrize("first", [1, 10])
 @pytest.mark.parametrize("minutes", [0.1, 1, 5, 60, 10000])
-def test_lengths_keep_to_the_time_and_the_recipe(minutes):
+def test_lengths_keep_to_the_time_and_the_recipe(minutes, first):
     for rest, step in ((0.0, 0.01), (2.0, 0.02), (25.0, 0.5), (300.0, 9.0)):
-        n_epochs, steps = compress.lengths(minutes, rest + step, rest + 11 * step, (220, 400))
+        costs = rest + first * step, rest + (first + 10) * step
+        n_epochs, steps = compress.lengths(minutes, *costs, (220, 400), first)
         assert 1 <= n_epochs <= 220 and 1 <= steps <= 400
         taken, whole = n_epochs * (rest + steps * step), 220 * (rest + 400 * step)
         assert taken <= max(60 * minutes, 5 * (rest + step)) * 1.01

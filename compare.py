@@ -159,7 +159,10 @@ def collect(records: Sequence[dict]) -> tuple[list[dict], list[list[dict]]]:
     used, others = {r["file"] for row in rows for r in row["runs"]}, {}
     for record in records:
         if record["file"] not in used and not papers.of_benchmark(record):
-            told = {k: v for k, v in papers.flags_of(record).items() if k == "script" or k not in FREE | {"seed"}}
+            # Older records lack flags that are off, and name a wild set's images by another fingerprint.
+            free = FREE - {"script"} | {"seed", "wild_fingerprint"}
+            told = papers.flags_of(record).items()
+            told = {k: v for k, v in told if k not in free and v is not None and v is not False}
             others.setdefault(json.dumps(told, sort_keys=True), []).append(record)
     return rows, list(others.values())
 

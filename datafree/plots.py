@@ -1,6 +1,7 @@
 """Pictures for people: curves of a score, and segmentations side by side."""
 
 import csv
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -71,13 +72,20 @@ def plot_points(path: Path, methods: Mapping[str, tuple[Point, Sequence[Point]]]
 def plot_lines(
     path: Path, lines: Mapping[str, Sequence[Point]], levels: Mapping[str, float], x: str, y: str
 ) -> None:  # fmt: skip
-    """Draw a line through the points of each of `lines`, over a logarithmic axis x, and dashed `levels`."""
+    """Draw a line through the points of each of `lines`, over a logarithmic axis x, and dashed `levels`.
+
+    Names that differ in an ending -seedN share a colour.
+    """
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.add_subplot(xscale="log", xlabel=x, ylabel=y)
-    for label, points in lines.items():
-        axes.plot(*zip(*points, strict=True), marker="." if len(points) < 100 else "", linewidth=1, label=label)
+    drawn = {}
+    for name, points in lines.items():
+        label = re.sub(r"-seed\d+$", "", name)
+        look = dict(color=drawn[label]) if label in drawn else dict(color=f"C{len(drawn)}", label=label)
+        drawn[label] = look["color"]
+        axes.plot(*zip(*points, strict=True), marker="." if len(points) < 100 else "", linewidth=1, **look)
     for i, (label, value) in enumerate(levels.items()):
-        axes.axhline(value, color=f"C{len(lines) + i}", linestyle="--", label=f"{value:g}: {label}")
+        axes.axhline(value, color=f"C{len(drawn) + i}", linestyle="--", label=f"{value:g}: {label}")
     axes.grid(alpha=0.3)
     figure.legend(fontsize="x-small", loc="outside lower left")
     figure.savefig(path, dpi=120)

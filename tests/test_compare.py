@@ -13,6 +13,7 @@ from test_papers import CELLS, record
 
 import compare
 import papers
+from datafree import plots
 from datafree.errors import UsageError
 from datafree.records import read_records
 
@@ -212,6 +213,17 @@ def test_curves_of_runs_of_one_name(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "plot_accuracy", lambda out, runs, *args, **kwargs: drawn.update(runs))
     compare.curves(files, "a.png")
     assert drawn == {str(file): file for file in files}
+
+
+def test_seeds_are_one_row_and_one_colour(tmp_path):
+    """Also where an older record lacks a flag that is off."""
+    records = [r for r in read_records(ROOT / "results") if "wild_tiny-all" in r["file"]]
+    _, (found,) = compare.collect(records)
+    assert sorted(r["seed"] for r in found) == [0, 1, 2]
+    assert len({"compile" in r["args"] for r in found}) == 2
+    plots.plot_lines(tmp_path / "a.svg", {name: [(1, 1), (2, 3)] for name in ("a", "a-seed1", "b")}, {}, "x", "y")
+    strokes = re.findall(r"fill: none; stroke: (#1f77b4|#ff7f0e|#2ca02c)", (tmp_path / "a.svg").read_text())
+    assert strokes == ["#1f77b4", "#1f77b4", "#ff7f0e", "#1f77b4", "#ff7f0e"]  # lines, then the legend's
 
 
 def test_readme_between_the_marks(folder, tmp_path, monkeypatch, refused):

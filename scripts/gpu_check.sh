@@ -2,8 +2,9 @@
 # On a machine with a GPU, in at most --minutes (9): the tests that need one, all benchmarks with their memory, then
 # rows of the tables, the most valuable first, with the teachers that ship, compiled: what limits such small networks
 # is the processor that starts the kernels. What comes out goes to --out (gpu_check/). --rehearse: the same on the CPU,
-# as small as it can be. Run it again to go on: what is in --out is not done again. One run at a time: ten on one GPU each took twice as
-# long as four. Exit code 1 if a test, a benchmark or a row failed; rows that the time cut off have not.
+# as small as it can be. Run it again to go on: what is in --out is not done again. One run at a time: ten on one GPU
+# each took twice as long as four. Exit code 1 if a test, a benchmark or a row failed; rows that the time cut off have
+# not.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 minutes=9 out=gpu_check bench=() rows=(--compile) failed=0
 tests=(-n 4 tests/test_data.py tests/test_compile.py tests/test_gpu.py -k "on_a_gpu or compiled or test_gpu")

@@ -2,7 +2,7 @@
 #
 # `setup` goes to the repository's root, makes .venv there, installs what is missing of requirements.txt and the files
 # named, and sets PY to the environment's Python. A second call is at once. PYTHON names an interpreter: one that has
-# PyTorch is taken as it is, and nothing is installed (a machine without network); from another one .venv is made.
+# what requirements.txt names is taken as it is (on a machine without network); from another one .venv is made.
 # Paths among a script's flags are taken from the repository's root, wherever it is called.
 
 set -euo pipefail
@@ -10,7 +10,7 @@ set -euo pipefail
 setup() {
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
   PY=${PYTHON-}
-  if [ -n "$PY" ] && "$PY" -c 'import torch' 2>/dev/null; then
+  if [ -n "$PY" ] && "$PY" -c 'import torch, torchvision, sklearn, matplotlib, tqdm, filelock' 2>/dev/null; then
     return
   fi
   PY=$PWD/.venv/bin/python

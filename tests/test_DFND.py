@@ -158,28 +158,16 @@ def test_a_wild_folder_of_everything(kind, selection, wild, tmp_path, checkpoint
         assert torch.equal(value, weights[key])
 
 
-def test_another_teacher_scans_again(wild, tmp_path, checkpoints):
+def test_another_teacher_scans_again(wild, tmp_path):
     """Also one whose weights are constants of its program, and the same at another size."""
-    from_where = ("--dataset", "none", "--num_classes", 10, "--wild", wild, "--student", "resnet8", "--out", tmp_path)
+    images = ("--dataset", "none", "--num_classes", 10, "--channels", 1, "--mean", 0, "--std", 1, "--wild", wild)
     for i in range(2):
         torch.manual_seed(i)
         network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(16, 10))
         torch.jit.save(torch.jit.freeze(torch.jit.script(network.eval())), tmp_path / f"{i}.pt")
     for i, size in ((0, 32), (1, 32), (1, 28)):
-        run(
-            *from_where,
-            "--teacher",
-            tmp_path / f"{i}.pt",
-            "--img_size",
-            size,
-            "--channels",
-            1,
-            "--mean",
-            0,
-            "--std",
-            1,
-            *SHORT,
-        )
+        teacher = ("--teacher", tmp_path / f"{i}.pt", "--img_size", size)
+        run(*images, *teacher, "--student", "resnet8", "--out", tmp_path, *SHORT)
     a, b, c = (checkpoint.read(path)["values"] for path in (tmp_path / "wild_scans").iterdir())
     assert not (torch.equal(a, b) or torch.equal(a, c) or torch.equal(b, c))
 
